@@ -21,7 +21,7 @@ def _fraction(cfg, *names):
     for n in names:
         if not 0 <= getattr(cfg, n) <= 1: raise ConfigError(f"{type(cfg).__name__}.{n} must lie in [0, 1]", got=getattr(cfg, n))
 
-# %% ../nbs/02_config.ipynb #0fa9fc7e
+# %% ../nbs/02_config.ipynb #73ffb830
 @dataclass(frozen=True)
 class LAMConfig:
     "Inverse and forward model (paper section 3.1, Tables 11-12)."
@@ -38,8 +38,9 @@ class LAMConfig:
     position: Literal["absolute","relative"] = "absolute" # index of the learned positions: episode time step, or place in the window
     max_positions: int = 200          # rows of each position table; an absolute index beyond it is a ConfigError
     cross_mask: Literal["causal","none"] = "causal" # FDM attention to latents: causal as in the official code, none as in the paper's text
-    idm_input: Literal["frames","difference"] = "frames" # `difference` also gives the IDM o_{i+1}-o_i (named after CoMo); not in the paper
+    idm_input: Literal["frames","difference"] = "frames" # `difference`: o_t and the changes o_{i+1}-o_i instead of all frames (named after CoMo); not in the paper
     fdm_target: Literal["absolute","delta"] = "absolute" # predict o_{t+1}, or o_{t+1}-o_t; the paper predicts o_{t+1}
+    step_units: bool = False          # measure changes (IDM differences, FDM deltas, reconstruction error) in each dimension's deviation over one step; not in the paper
     linear_skip: bool = False         # add a linear path input -> z beside the IDM's network, so that z extrapolates; not in the paper
     def __post_init__(self):
         _positive(self, "latent_dim", "hidden_dim", "n_hidden", "d_model", "n_heads", "n_layers", "d_ff", "max_positions")
@@ -75,7 +76,7 @@ class OptimConfig:
         _positive(self, "lr", "eps", "clip"); _fraction(self, "warmup_fraction", "beta1", "beta2")
     def warmup_updates(self, total: int) -> int: return min(self.warmup, int(self.warmup_fraction*total)) # updates of warm-up in a run of `total`
 
-# %% ../nbs/02_config.ipynb #22f32a6b
+# %% ../nbs/02_config.ipynb #56fe61c8
 @dataclass(frozen=True)
 class Stage1Config:
     "Joint training of LAM and action decoder (paper Algorithm 1, Table 11)."
@@ -86,7 +87,7 @@ class Stage1Config:
     beta: float = 1.0                 # weight of the action loss, Table 7
     recon_weight: float = 1.0         # weight of the reconstruction loss, Table 11
     joint: bool = True                # False trains the decoder afterwards on a frozen LAM (the -JT arms of Tables 2 and 6)
-    obs_noise: float = 0.0            # std of noise on the labelled windows, in normalised units; not in the paper
+    label_shift: float = 0.0          # std of one random offset added to all frames of a labelled window, in normalised units: actions hardly depend on where they happen; not in the paper
     lam_optim: OptimConfig = field(default_factory=OptimConfig)
     decoder_optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-3, warmup=0)) # as the official code
     autocast: Literal["auto","float32","bfloat16"] = "float32" # `auto`: bfloat16 where the processor has it
@@ -94,13 +95,12 @@ class Stage1Config:
         _positive(self, "updates", "batch", "labelled_batch", "decoder_every")
         if self.beta < 0 or self.recon_weight < 0: raise ConfigError("loss weights must be 0 or more", got=f"beta={self.beta}, recon_weight={self.recon_weight}")
 
-# %% ../nbs/02_config.ipynb #5067a996
+# %% ../nbs/02_config.ipynb #50ff00a8
 @dataclass(frozen=True)
 class RegressionConfig:
     "Supervised regression: latent policy (Stage 2), BC, or VPT's inverse model (paper Tables 10-11)."
     updates: int = 150_000            # gradient updates, Table 10
     batch: int = 64                   # Table 10
-    obs_noise: float = 0.0            # std of input noise in normalised units; not in the paper
     optim: OptimConfig = field(default_factory=OptimConfig)
     autocast: Literal["auto","float32","bfloat16"] = "float32" # `auto`: bfloat16 where the processor has it
     def __post_init__(self): _positive(self, "updates", "batch")
@@ -129,13 +129,14 @@ class EvalConfig:
     workers: int = 0                  # processes; 0 = one for each processor
     def __post_init__(self): _positive(self, "episodes")
 
-# %% ../nbs/02_config.ipynb #7369b136
+# %% ../nbs/02_config.ipynb #fb001051
 @dataclass(frozen=True)
 class Config:
     "Everything a run needs, as one nested record."
     preset: str = "paper"             # name of the preset this started from
     seed: int = 0                     # training seed
     standardise: bool = True          # per-dimension observation standardiser fitted on D_unlabelled; off in `paper` and `repo`, which have none
+    history_as_change: bool = False   # dimensions that remember an earlier value (MetaWorld's 18:36) become the change since then; needs `standardise`; not in the paper
     lam: LAMConfig = field(default_factory=LAMConfig)
     decoder: HeadConfig = field(default_factory=lambda: HeadConfig(n_hidden=3)) # Table 11
     policy: HeadConfig = field(default_factory=HeadConfig)                      # Table 10
@@ -145,6 +146,8 @@ class Config:
     idm: RegressionConfig = field(default_factory=lambda: RegressionConfig(updates=200_000, batch=128)) # VPT's inverse model; official code
     split: SplitConfig = field(default_factory=SplitConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    def __post_init__(self):
+        if self.history_as_change and not self.standardise: raise ConfigError("history_as_change needs standardise", got=f"history_as_change={self.history_as_change}, standardise={self.standardise}")
     @property
     def digest(self) -> str: return digest(dataclasses.asdict(self)) # identifies the configuration
     def replace(self, **changes) -> Config:
@@ -173,17 +176,18 @@ def config_from_dict(d: dict, cls=Config): # rebuild a Config from what `datacla
         kw[k] = config_from_dict(v, hints[k]) if dataclasses.is_dataclass(hints[k]) else v
     return cls(**kw)
 
-# %% ../nbs/02_config.ipynb #7324e922
+# %% ../nbs/02_config.ipynb #f04518ff
 PRESETS = ("tiny", "quick", "repo", "paper")
 
 def _quick() -> Config: # the demo; how these were found is told in 92_models
     fast = OptimConfig(lr=1e-3, warmup_fraction=0.05, weight_decay=0.01, schedule="cosine")
-    return Config(preset="quick", standardise=True,
-        lam=LAMConfig(hidden_dim=512, d_model=128, d_ff=256, n_layers=2, dropout=0.0, position="relative", max_positions=8),
+    reg = lambda n: RegressionConfig(updates=n, batch=256, optim=fast, autocast="auto")
+    return Config(preset="quick", history_as_change=True,
+        lam=LAMConfig(hidden_dim=256, d_model=64, d_ff=128, n_layers=1, dropout=0.0, position="relative", max_positions=8,
+                      idm_input="difference", fdm_target="delta", step_units=True, linear_skip=True),
         decoder=HeadConfig(embed_dim=0, hidden_dim=256, n_hidden=2), policy=HeadConfig(embed_dim=0, hidden_dim=512, n_hidden=2),
-        stage1=Stage1Config(updates=6_000, batch=256, labelled_batch=256, lam_optim=fast, decoder_optim=fast, autocast="auto"),
-        stage2=RegressionConfig(updates=6_000, batch=256, optim=fast, autocast="auto"), bc=RegressionConfig(updates=6_000, batch=256, optim=fast, autocast="auto"),
-        idm=RegressionConfig(updates=6_000, batch=256, optim=fast, autocast="auto"))
+        stage1=Stage1Config(updates=2_500, batch=256, labelled_batch=256, beta=10., label_shift=1., lam_optim=fast, decoder_optim=fast, autocast="auto"),
+        stage2=reg(3_000), bc=reg(3_000), idm=reg(2_500))
 
 def _tiny() -> Config: # toy and tests: seconds
     fast = OptimConfig(lr=2e-3, warmup_fraction=0.05, schedule="cosine")

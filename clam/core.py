@@ -102,7 +102,7 @@ def check_episode(ep: Episode, where: str="episode", obs_limit: float=1e6, act_l
     if ep.frames is not None and ep.frames.dtype != np.uint8: raise DatasetError("frames have the wrong dtype", ep.frames.dtype, "uint8", fix="store raw pixels; scaling happens in one place later", where=where)
     return ep
 
-# %% ../nbs/00_core.ipynb #80160601
+# %% ../nbs/00_core.ipynb #9bcafe18
 @dataclass(frozen=True)
 class Spec:
     "Shapes and scales of an environment or dataset."
@@ -113,6 +113,7 @@ class Spec:
     max_steps: int = 100                # agent steps per episode
     control_dt_s: float|None = None     # seconds per agent step
     return_range: tuple|None = None     # (random, expert) returns, for normalised scores
+    history: tuple = ()                 # pairs (j, i): observation dimension j remembers dimension i one control step earlier
 
     def normalised_return(self, r): # (r - random) / (expert - random); may exceed 1
         if self.return_range is None: return None

@@ -49,7 +49,8 @@ def plain_transformer(P, cfg, win, t):
     "One window [W, S] at step t -> z [K, Z], predictions [K, S]."
     W, H = cfg.window, cfg.n_extra_context
     rows = [i if cfg.position == "relative" else max(0, t-H+i) for i in range(W)]
-    diff = torch.stack([win[i]-win[max(i-1, 0)] for i in range(W)])
+    step = P["idm.step_std"]
+    diff = torch.stack([(win[i]-win[max(i-1, 0)])/step for i in range(W)])
     x = leaky(lin(P, "idm.embed.0", torch.cat([win, diff], -1) if cfg.idm_input == "difference" else win))
     pos = P["idm.pos.weight"][rows]
     for n in range(cfg.n_layers):
@@ -58,7 +59,7 @@ def plain_transformer(P, cfg, win, t):
         x = norm(P, b+".norm2", x + lin(P, b+".ff.3", gelu(lin(P, b+".ff.0", x))))
     z = lin(P, "idm.head", x)[1:]
     if cfg.linear_skip:
-        flat = torch.cat([win, diff[1:]]) if cfg.idm_input == "difference" else win
+        flat = torch.cat([win[-2:-1], diff[1:]]) if cfg.idm_input == "difference" else win
         z = z + (P["idm.skip.weight"] @ flat.flatten()).reshape(W-1, -1)
     x, memory = leaky(lin(P, "fdm.embed.0", win[:-1])), lin(P, "fdm.embed_z", z)
     pos, pos_z = P["fdm.pos.weight"][rows[:-1]], P["fdm.pos_z.weight"][rows[1:]]
@@ -69,23 +70,24 @@ def plain_transformer(P, cfg, win, t):
         x = norm(P, b+".norm2", x + attention(P, b+".cross", x+pos, memory+pos_z, memory, cfg.n_heads, causal if cfg.cross_mask == "causal" else lambda i, j: True))
         x = norm(P, b+".norm3", x + lin(P, b+".ff.3", gelu(lin(P, b+".ff.0", x))))
     pred = lin(P, "fdm.head", norm(P, "fdm.norm", x))
-    return z, pred + win[:-1] if cfg.fdm_target == "delta" else pred
+    return z, pred*step + win[:-1] if cfg.fdm_target == "delta" else pred
 
 def plain_mlp(P, cfg, win, t):
     "One window [W, S] -> z [1, Z], prediction [1, S]."
     def net(name, x):
         for n in range(cfg.n_hidden): x = leaky(lin(P, f"{name}.{2*n}", x))
         return lin(P, f"{name}.{2*cfg.n_hidden}", x)
-    flat = win.flatten()
-    if cfg.idm_input == "difference": flat = torch.cat([flat, *(win[i+1]-win[i] for i in range(cfg.window-1))])
+    flat, step = win.flatten(), P["idm.step_std"]
+    if cfg.idm_input == "difference": flat = torch.cat([win[-2], *((win[i+1]-win[i])/step for i in range(cfg.window-1))])
     z = net("idm.net", flat) + (P["idm.skip.weight"] @ flat if cfg.linear_skip else 0)
     pred = net("fdm.net", torch.cat([win[:-1].flatten(), z]))
-    return z[None], (pred + win[-2] if cfg.fdm_target == "delta" else pred)[None]
+    return z[None], (pred*step + win[-2] if cfg.fdm_target == "delta" else pred)[None]
 
 @pytest.mark.parametrize("model,plain", [("mlp", plain_mlp), ("transformer", plain_transformer)])
 @pytest.mark.parametrize("opt", OPTIONS, ids=lambda o: "-".join(str(v) for v in o.values()))
 def test_same_numbers_as_plain_formulas(model, plain, opt):
-    lam = make(model, **opt).double(); win, t = windows(opt["n_extra_context"], n=4); win = win.double(); t[0] = 0
+    lam = make(model, **opt, step_units=opt["idm_input"] == "difference").double(); win, t = windows(opt["n_extra_context"], n=4); win = win.double(); t[0] = 0
+    lam.fit_steps(win*torch.linspace(.5, 3, S))
     P = lam.state_dict(); out = lam(win, t)
     for b in range(4):
         z, pred = plain(P, lam.cfg, win[b], int(t[b]))

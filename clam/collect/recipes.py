@@ -80,12 +80,13 @@ def scripted_controller(rng, expert, s: float, sigma: float, recipe: Replay):
         return np.clip(drift, -1, 1)+n if t >= stall else gain*expert(obs+bias)+n
     return act
 
-# %% ../../nbs/31_collect.recipes.ipynb #4750bc93
+# %% ../../nbs/31_collect.recipes.ipynb #a094da9d
 @dataclass(frozen=True)
 class Replay:
     "A replay-like mixture for one MetaWorld task; see the text for where the numbers come from."
     x0: float=.1            # training fraction at which skill leaves 0
     width: float=.6         # ... and how much later it is 1
+    spread: float=.2        # standard deviation of skill between episodes of the same time
     floor: float=.15        # least skill once the warm-up is over
     warmup: float=.1        # fraction of episodes without skill; its first tenth is uniformly random
     blocks: float=.15       # share of block-switching episodes
@@ -96,13 +97,13 @@ class Replay:
     rhos: tuple=(0., .8, .95)
     version: int=1          # raised whenever the same seed gives other episodes
 
-    def skill(self, x: float) -> float: # s in [0, 1] at training fraction x
-        s = float(np.clip((x-self.x0)/self.width, 0, 1))
+    def skill(self, x: float, day: float=0.) -> float: # s in [0, 1] at training fraction x; `day` in standard deviations
+        s = float(np.clip((x-self.x0)/self.width + self.spread*day, 0, 1))
         return 0. if x < self.warmup else max(self.floor, s)
 
     def controller(self, rng, x: float, expert):
         "A controller for an episode at training fraction `x`, and what to note in its meta."
-        s, sigma = self.skill(x), self.sigma_late if x >= .85 else self.sigma
+        s, sigma = self.skill(x, rng.normal()), self.sigma_late if x >= .85 else self.sigma
         u, v = rng.random(2)
         kind = "random" if x < self.warmup/10 else "blocks" if u < self.blocks else "explore" if v < 1-1.6*s else "scripted"
         act = {"random": lambda: random_controller(rng), "explore": lambda: explore_controller(rng, self),
@@ -127,12 +128,12 @@ class Replay:
 
 COLLECT_SEEDS = 900_000     # environment seeds below are for collection, up to 1_000_000 for development, from 1_000_000 for evaluation
 
-# %% ../../nbs/31_collect.recipes.ipynb #eb9aac6c
+# %% ../../nbs/31_collect.recipes.ipynb #ef14bf41
 RECIPES = {
-    "metaworld/assembly": Replay(x0=-.05, width=.72, sigma=.07),
-    "metaworld/shelf-place": Replay(x0=0., width=.7),
-    "metaworld/bin-picking": Replay(x0=-.2, width=.6),
-    "metaworld/peg-insert-side": Replay(x0=-.2, width=.55),
+    "metaworld/assembly": Replay(x0=0., width=.7, sigma=.07),
+    "metaworld/shelf-place": Replay(x0=.05, width=.65),
+    "metaworld/bin-picking": Replay(x0=-.25, width=.65),
+    "metaworld/peg-insert-side": Replay(x0=-.25, width=.65),
 }
 TARGETS = {  # success by decile of training that the schedules aim at (after TD-MPC2's curves)
     "metaworld/assembly": (0, 0, 0, .05, .15, .3, .6, .8, .95, 1), "metaworld/shelf-place": (0, 0, 0, .05, .15, .3, .6, .8, .95, 1),

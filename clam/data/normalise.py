@@ -11,7 +11,7 @@ from ..core import DatasetError
 # %% auto #0
 __all__ = ['Normaliser', 'fit_normaliser']
 
-# %% ../../nbs/12_data.normalise.ipynb #cdb64e63
+# %% ../../nbs/12_data.normalise.ipynb #b200ade1
 def _like(v: np.ndarray, x): # the constants as the same kind of array as `x`, on its device
     return x.new_tensor(v) if hasattr(x, "new_tensor") else v
 
@@ -21,28 +21,38 @@ class Normaliser:
     mean: np.ndarray         # [S] float32
     std: np.ndarray          # [S] float32, positive
     constant: tuple = ()     # dimensions that never moved in the data it was fitted on
+    history: tuple = ()      # pairs (j, i): dimension j remembers an earlier value of dimension i and is standardised as the change o_i - o_j
     def __post_init__(self):
+        object.__setattr__(self, "history", tuple((int(j), int(i)) for j, i in self.history))
+        source, flip = np.arange(len(self.mean)), np.zeros(len(self.mean), np.float32)
+        for j, i in self.history: source[j], flip[j] = i, 1.
+        object.__setattr__(self, "_source", source); object.__setattr__(self, "_flip", flip)
         for n in ("mean", "std"): object.__setattr__(self, n, np.asarray(getattr(self, n), np.float32))
         if self.mean.ndim != 1 or self.mean.shape != self.std.shape: raise DatasetError("normaliser has inconsistent shapes", f"mean {list(self.mean.shape)}, std {list(self.std.shape)}", "both [S]")
         if not (np.isfinite(self.mean).all() and np.isfinite(self.std).all() and (self.std > 0).all()): raise DatasetError("normaliser is not usable", got=f"mean {self.mean}, std {self.std}", expected="finite means and positive, finite deviations")
     def _check(self, x):
         if x.shape[-1] != len(self.mean): raise DatasetError("observation has the wrong size for this normaliser", list(x.shape), f"[..., {len(self.mean)}]", "use the normaliser of the same dataset")
         return _like(self.mean, x), _like(self.std, x)
+    def _swap(self, x): # history dimensions j become x_i - x_j; its own inverse, because dimension i stays
+        if not self.history: return x
+        flip = _like(self._flip, x); return x*(1-2*flip)+x[..., self._source]*flip
     def apply(self, x): # raw [..., S] -> standardised
-        mean, std = self._check(x); return (x-mean)/std
+        mean, std = self._check(x); return (self._swap(x)-mean)/std
     def undo(self, x): # standardised [..., S] -> raw
-        mean, std = self._check(x); return x*std+mean
+        mean, std = self._check(x); return self._swap(x*std+mean)
+    @property
+    def positional(self) -> np.ndarray: return 1-self._flip # [S] 1 where a dimension says where something is, 0 where it says how it moves
     @staticmethod
-    def fit(obs, floor: float=1e-3) -> Normaliser: return fit_normaliser(obs, floor) # statistics of obs [R, S], see below
+    def fit(obs, floor: float=1e-3, history=()) -> Normaliser: return fit_normaliser(obs, floor, history) # statistics of obs [R, S], see below
     @classmethod
     def identity(cls, S: int) -> Normaliser: return cls(np.zeros(S), np.ones(S)) # changes nothing; the `paper` preset
-    def to_dict(self) -> dict: return {"mean": self.mean.tolist(), "std": self.std.tolist(), "constant": list(self.constant)}
+    def to_dict(self) -> dict: return {"mean": self.mean.tolist(), "std": self.std.tolist(), "constant": list(self.constant), "history": [list(p) for p in self.history]}
     @classmethod
     def from_dict(cls, d: dict) -> Normaliser:
-        try: return cls(d["mean"], d["std"], tuple(d.get("constant", ())))
+        try: return cls(d["mean"], d["std"], tuple(d.get("constant", ())), tuple(d.get("history", ())))
         except (KeyError, TypeError, ValueError) as e: raise DatasetError("normaliser record is damaged", repr(e), "mean [S] and std [S]") from None
 
-# %% ../../nbs/12_data.normalise.ipynb #00879036
+# %% ../../nbs/12_data.normalise.ipynb #17b92f1d
 def _moments(obs, chunk: int=1<<16): # mean and std of each column in float64, some rows at a time
     blocks = [slice(r, r+chunk) for r in range(0, len(obs), chunk)]
     mean = sum(np.sum(obs[b], 0, dtype=np.float64) for b in blocks)/len(obs)
@@ -51,12 +61,18 @@ def _moments(obs, chunk: int=1<<16): # mean and std of each column in float64, s
 def fit_normaliser(
     obs: np.ndarray,       # [R, S] observations of the training split, e.g. `splits.unlabelled_view(store).obs`
     floor: float=1e-3,     # a deviation below this share of the median moving one counts as constant
+    history=(),            # pairs (j, i), see `Normaliser.history`
 ) -> Normaliser:
     "Mean and deviation of each dimension; constant dimensions get the median deviation of the others."
     if obs is None or obs.ndim != 2 or not len(obs): raise DatasetError("nothing to fit a normaliser on", None if obs is None else list(obs.shape), "[R, S] observations of the training split")
+    S = obs.shape[1]
+    if history: obs = Normaliser(np.zeros(S), np.ones(S), history=history)._swap(np.asarray(obs))
     mean, std = _moments(obs)
     if not np.isfinite(std).all(): raise DatasetError("observations are not finite", f"dimension {int(np.argmin(np.isfinite(std)))}", fix="run `clam data check` on the dataset")
     moving = std > 1e-6*np.abs(mean)                       # more than the rounding of a float32
-    typical = float(np.median(std[moving])) if moving.any() else 1.
-    constant = ~moving | (std < floor*typical)
-    return Normaliser(mean, np.where(constant, typical, std), tuple(int(i) for i in np.flatnonzero(constant)))
+    change = np.isin(np.arange(S), [j for j, _ in history])                  # changes live on a scale of their own
+    std, constant = std.copy(), ~moving
+    for group in (~change, change):
+        typical = float(np.median(std[group & moving])) if (group & moving).any() else 1.
+        constant |= group & (std < floor*typical); std[group & constant] = typical
+    return Normaliser(mean, std, tuple(int(i) for i in np.flatnonzero(constant)), history)

@@ -40,14 +40,14 @@ class NpyAppender:
     def close(self):
         self.file.seek(0); self._header(); self.file.close()
 
-# %% ../../nbs/10_data.store.ipynb #218c0cdf
+# %% ../../nbs/10_data.store.ipynb #abfdec15
 def _spec(meta: dict, shapes: dict, max_steps: int, where) -> Spec: # the Spec in `meta`, or one derived from the arrays; contradictions raise
     dims = {"obs_dim": shapes.get("obs", (0,))[0], "act_dim": shapes.get("act", (0,))[0]}
     try:
         given = meta.get("spec") or {"name": meta["name"], "max_steps": max_steps, **dims}
         given = dataclasses.asdict(given) if dataclasses.is_dataclass(given) else dict(given)
         rng = given.get("return_range")
-        spec = Spec(**{**given, "frame_shape": tuple(shapes["frames"]) if "frames" in shapes else None, "return_range": tuple(rng) if rng else None})
+        spec = Spec(**{**given, "frame_shape": tuple(shapes["frames"]) if "frames" in shapes else None, "return_range": tuple(rng) if rng else None, "history": tuple(map(tuple, given.get("history", ())))})
     except (TypeError, ValueError) as e: raise DatasetError("spec has the wrong structure", str(e), [f.name for f in dataclasses.fields(Spec)], where=f"{where}/meta.json") from None
     for field, n in (("obs", "obs_dim"), ("act", "act_dim")):
         if field in shapes and getattr(spec, n) != dims[n]: raise DatasetError(f"spec.{n} disagrees with {field}.npy", getattr(spec, n), dims[n], where=f"{where}/meta.json")

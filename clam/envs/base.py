@@ -77,8 +77,8 @@ class FakeEnv(BaseEnv):
         self._t, self.x, self.a = state["t"], state["x"].copy(), state["a"].copy()
         return np.r_[self.x, self.a].astype(np.float32)
 
-# %% ../../nbs/20_envs.base.ipynb #37d01785
-_MODULES = {"toy": "clam.toy", "metaworld": "clam.envs.metaworld"}# family -> module with its FAMILY
+# %% ../../nbs/20_envs.base.ipynb #0b33f694
+_MODULES = {"toy": "clam.toy", "metaworld": "clam.envs.metaworld"}                # family -> module with its FAMILY
 _FAMILIES: dict[str, tuple[Callable, tuple]] = {}              # family -> (factory, tasks)
 
 def register(name_prefix: str, factory: Callable, tasks=()):

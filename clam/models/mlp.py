@@ -12,7 +12,7 @@ from .nets import feature_dims, flat_features, mlp
 # %% auto #0
 __all__ = ['MLPIDM', 'MLPFDM']
 
-# %% ../../nbs/36_models.mlp.ipynb #299b5af9
+# %% ../../nbs/36_models.mlp.ipynb #7f20ee39
 class MLPIDM(nn.Module):
     "Inverse dynamics: `win [B, W, S] -> z [B, 1, Z]` (paper Appendix G.3). `t` is ignored."
     def __init__(self, cfg: LAMConfig, obs_dim: int):
@@ -21,9 +21,10 @@ class MLPIDM(nn.Module):
         n_in, _ = feature_dims(cfg, obs_dim)
         self.net = mlp(n_in, *[cfg.hidden_dim]*cfg.n_hidden, cfg.latent_dim)
         self.skip = nn.Linear(n_in, cfg.latent_dim, bias=False) if cfg.linear_skip else None
+        self.register_buffer("step_std", torch.ones(obs_dim)) # unit of a change, see `LAM.fit_steps`
 
     def forward(self, win, t=None):
-        x = flat_features(win, self.cfg)
+        x = flat_features(win, self.cfg, self.step_std)
         z = self.net(x) if self.skip is None else self.net(x) + self.skip(x)
         return z[:, None]
 

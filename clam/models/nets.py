@@ -11,8 +11,9 @@ from ..core import ConfigError
 from ..config import LAMConfig
 
 # %% auto #0
-__all__ = ['SLOPE', 'count_params', 'mlp', 'check_shape', 'differences', 'flat_features', 'token_features', 'feature_dims',
-           'frame_index', 'check_positions', 'causal_mask', 'attend', 'Attention', 'EncoderBlock', 'DecoderBlock']
+__all__ = ['SLOPE', 'count_params', 'mlp', 'check_shape', 'differences', 'step_deviation', 'flat_features', 'token_features',
+           'feature_dims', 'frame_index', 'check_positions', 'causal_mask', 'attend', 'Attention', 'EncoderBlock',
+           'DecoderBlock']
 
 # %% ../../nbs/35_models.nets.ipynb #0f3203c7
 def count_params(module: nn.Module) -> int: # trainable and frozen parameters; buffers do not count
@@ -36,23 +37,27 @@ def check_shape(x, name: str, *dims): # `None` leaves an axis free
         raise ConfigError(f"{name} has the wrong shape", got=list(got), expected="["+", ".join("any" if d is None else str(d) for d in dims)+"]",
                           fix="check n_extra_context, obs_dim and latent_dim of the model against the data")
 
-# %% ../../nbs/35_models.nets.ipynb #3784b506
-def differences(win): # [B, W, S] -> [B, W-1, S]
-    "Consecutive differences `o_{i+1} - o_i` of a window."
-    return win[:, 1:] - win[:, :-1]
+# %% ../../nbs/35_models.nets.ipynb #790910d8
+def differences(win, step_std=1.): # [B, W, S] -> [B, W-1, S]
+    "Consecutive differences `o_{i+1} - o_i` of a window, in units of `step_std`."
+    return (win[:, 1:] - win[:, :-1])/step_std
 
-def flat_features(win, cfg: LAMConfig): # [B, W, S] -> [B, W*S], or [B, (2W-1)*S] with differences
-    "The window as one vector, for MLPs and for the linear skip path."
-    parts = win if cfg.idm_input == "frames" else torch.cat([win, differences(win)], 1)
+def step_deviation(win): # [B, W, S] -> [S]
+    "Deviation of each dimension's change over the last step; 1 for dimensions that hardly ever move."
+    std = (win[:, -1]-win[:, -2]).std(0)
+    return torch.where(std > 1e-3*std.max(), std, torch.ones_like(std))
+
+def flat_features(win, cfg: LAMConfig, step_std=1.): # [B, W, S] -> [B, W*S]
+    "The window as one vector, for MLPs and for the linear skip path: all frames, or o_t and the differences."
+    parts = win if cfg.idm_input == "frames" else torch.cat([win[:, -2:-1], differences(win, step_std)], 1)
     return rearrange(parts, "b n s -> b (n s)")
 
-def token_features(win, cfg: LAMConfig): # [B, W, S] -> [B, W, S], or [B, W, 2S] with differences
+def token_features(win, cfg: LAMConfig, step_std=1.): # [B, W, S] -> [B, W, S], or [B, W, 2S] with differences
     "The window as one vector a frame; the first frame has no predecessor, its difference is 0."
-    return win if cfg.idm_input == "frames" else torch.cat([win, F.pad(differences(win), (0, 0, 1, 0))], -1)
+    return win if cfg.idm_input == "frames" else torch.cat([win, F.pad(differences(win, step_std), (0, 0, 1, 0))], -1)
 
 def feature_dims(cfg: LAMConfig, obs_dim: int) -> tuple[int, int]: # lengths of the flat and of the token features
-    diff = cfg.idm_input == "difference"
-    return (cfg.window + (cfg.window-1)*diff)*obs_dim, (1+diff)*obs_dim
+    return cfg.window*obs_dim, (1+(cfg.idm_input == "difference"))*obs_dim
 
 # %% ../../nbs/35_models.nets.ipynb #e62497bc
 def frame_index(t, cfg: LAMConfig, device=None): # t [B] int64, the step of o_t -> [B, W] absolute, or [W] relative

@@ -12,7 +12,7 @@ from .nets import SLOPE, DecoderBlock, EncoderBlock, causal_mask, check_position
 # %% auto #0
 __all__ = ['TransformerIDM', 'TransformerFDM']
 
-# %% ../../nbs/37_models.transformer.ipynb #93d4fe82
+# %% ../../nbs/37_models.transformer.ipynb #e88562c1
 class TransformerIDM(nn.Module):
     "Inverse dynamics: `win [B, W, S]`, `t [B]` -> `z [B, W-1, Z]`; `t` is ignored with relative positions (paper Table 12)."
     def __init__(self, cfg: LAMConfig, obs_dim: int):
@@ -24,13 +24,14 @@ class TransformerIDM(nn.Module):
         self.blocks = nn.ModuleList(EncoderBlock(cfg.d_model, cfg.n_heads, cfg.d_ff, cfg.dropout) for _ in range(cfg.n_layers))
         self.head = nn.Linear(cfg.d_model, cfg.latent_dim)
         self.skip = nn.Linear(n_flat, (cfg.window-1)*cfg.latent_dim, bias=False) if cfg.linear_skip else None
+        self.register_buffer("step_std", torch.ones(obs_dim)) # unit of a change, see `LAM.fit_steps`
 
     def forward(self, win, t=None):
         pos = self.pos(frame_index(t, self.cfg, win.device))
-        x = self.embed(token_features(win, self.cfg))
+        x = self.embed(token_features(win, self.cfg, self.step_std))
         for i, block in enumerate(self.blocks): x = block(x, pos, first=int(i+1 == len(self.blocks)))
         z = self.head(x)
-        return z if self.skip is None else z + rearrange(self.skip(flat_features(win, self.cfg)), "b (k z) -> b k z", z=self.cfg.latent_dim)
+        return z if self.skip is None else z + rearrange(self.skip(flat_features(win, self.cfg, self.step_std)), "b (k z) -> b k z", z=self.cfg.latent_dim)
 
 # %% ../../nbs/37_models.transformer.ipynb #743b535e
 class TransformerFDM(nn.Module):
