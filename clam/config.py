@@ -21,7 +21,7 @@ def _fraction(cfg, *names):
     for n in names:
         if not 0 <= getattr(cfg, n) <= 1: raise ConfigError(f"{type(cfg).__name__}.{n} must lie in [0, 1]", got=getattr(cfg, n))
 
-# %% ../nbs/02_config.ipynb #73ffb830
+# %% ../nbs/02_config.ipynb #1cafbfd3
 @dataclass(frozen=True)
 class LAMConfig:
     "Inverse and forward model (paper section 3.1, Tables 11-12)."
@@ -42,22 +42,31 @@ class LAMConfig:
     fdm_target: Literal["absolute","delta"] = "absolute" # predict o_{t+1}, or o_{t+1}-o_t; the paper predicts o_{t+1}
     step_units: bool = False          # measure changes (IDM differences, FDM deltas, reconstruction error) in each dimension's deviation over one step; not in the paper
     linear_skip: bool = False         # add a linear path input -> z beside the IDM's network, so that z extrapolates; not in the paper
+    patch: int = 16                   # side of a patch in pixels, space-time model, Appendix G.3; must divide the image's side
+    hand_state: bool = False          # space-time model also sees the hand's state (x, y, z, gripper opening); not in the paper's text, but in its parameter count
+    spare_weights: bool = True        # space-time IDM owns cross-attention that is never called, as the official code does and the paper's count includes; False leaves out these 789,504
+    image_encoder: Literal["conv","impala"] = "conv" # IDM of the convolutional model; the official image configs use conv, Appendix G.1 names IMPALA for policies
+    conv_width: int = 4               # channels of the convolutional model, in eighths of the first block's 32 (or quarters of IMPALA's 64)
+    conv_norm: Literal["group","batch"] = "group" # the official code uses batch statistics
+    quantise: Literal["none","vq-repo","vq-lapo","fsq","residual"] = "none" # discrete latents, the Disc. arms of Tables 2 and 6; presets in `clam.models.quantise`
     def __post_init__(self):
-        _positive(self, "latent_dim", "hidden_dim", "n_hidden", "d_model", "n_heads", "n_layers", "d_ff", "max_positions")
+        _positive(self, "latent_dim", "hidden_dim", "n_hidden", "d_model", "n_heads", "n_layers", "d_ff", "max_positions", "patch", "conv_width")
         _fraction(self, "dropout")
         if self.n_extra_context < 0: raise ConfigError("LAMConfig.n_extra_context must be 0 or more", got=self.n_extra_context)
         if self.d_model % self.n_heads: raise ConfigError("LAMConfig.d_model must be a multiple of n_heads", got=f"d_model={self.d_model}, n_heads={self.n_heads}")
     @property
     def window(self) -> int: return self.n_extra_context+2 # W
 
-# %% ../nbs/02_config.ipynb #a6af7123
+# %% ../nbs/02_config.ipynb #5018463b
 @dataclass(frozen=True)
 class HeadConfig:
     "An MLP head: a linear embedding without activation, then hidden layers (paper Tables 10-11)."
     embed_dim: int = 512              # first linear layer, no activation; 0 leaves it out
     hidden_dim: int = 1024            # width of the hidden layers
     n_hidden: int = 2                 # hidden layers: 2 for policies (Table 10), 3 for the action decoder (Table 11)
-    def __post_init__(self): _positive(self, "hidden_dim", "n_hidden")
+    image_encoder: Literal["impala","conv"] = "impala" # what takes the embedding's place when a policy sees pictures, Appendix G.1
+    image_width: int = 4              # its channels, as `LAMConfig.conv_width`
+    def __post_init__(self): _positive(self, "hidden_dim", "n_hidden", "image_width")
 
 # %% ../nbs/02_config.ipynb #a57c6667
 @dataclass(frozen=True)
@@ -95,12 +104,13 @@ class Stage1Config:
         _positive(self, "updates", "batch", "labelled_batch", "decoder_every")
         if self.beta < 0 or self.recon_weight < 0: raise ConfigError("loss weights must be 0 or more", got=f"beta={self.beta}, recon_weight={self.recon_weight}")
 
-# %% ../nbs/02_config.ipynb #50ff00a8
+# %% ../nbs/02_config.ipynb #205bd240
 @dataclass(frozen=True)
 class RegressionConfig:
     "Supervised regression: latent policy (Stage 2), BC, or VPT's inverse model (paper Tables 10-11)."
     updates: int = 150_000            # gradient updates, Table 10
     batch: int = 64                   # Table 10
+    obs_noise: float = 0.0            # std of noise on the input, in normalised units; not in the paper
     optim: OptimConfig = field(default_factory=OptimConfig)
     autocast: Literal["auto","float32","bfloat16"] = "float32" # `auto`: bfloat16 where the processor has it
     def __post_init__(self): _positive(self, "updates", "batch")
@@ -176,7 +186,7 @@ def config_from_dict(d: dict, cls=Config): # rebuild a Config from what `datacla
         kw[k] = config_from_dict(v, hints[k]) if dataclasses.is_dataclass(hints[k]) else v
     return cls(**kw)
 
-# %% ../nbs/02_config.ipynb #f04518ff
+# %% ../nbs/02_config.ipynb #85c01661
 PRESETS = ("tiny", "quick", "repo", "paper")
 
 def _quick() -> Config: # the demo; how these were found is told in 92_models
@@ -186,8 +196,8 @@ def _quick() -> Config: # the demo; how these were found is told in 92_models
         lam=LAMConfig(hidden_dim=256, d_model=64, d_ff=128, n_layers=1, dropout=0.0, position="relative", max_positions=8,
                       idm_input="difference", fdm_target="delta", step_units=True, linear_skip=True),
         decoder=HeadConfig(embed_dim=0, hidden_dim=256, n_hidden=2), policy=HeadConfig(embed_dim=0, hidden_dim=512, n_hidden=2),
-        stage1=Stage1Config(updates=2_500, batch=256, labelled_batch=256, beta=10., label_shift=1., lam_optim=fast, decoder_optim=fast, autocast="auto"),
-        stage2=reg(3_000), bc=reg(3_000), idm=reg(2_500))
+        stage1=Stage1Config(updates=6_000, batch=256, labelled_batch=256, beta=10., label_shift=1., lam_optim=fast, decoder_optim=fast, autocast="auto"),
+        stage2=reg(6_000), bc=reg(6_000), idm=reg(6_000))
 
 def _tiny() -> Config: # toy and tests: seconds
     fast = OptimConfig(lr=2e-3, warmup_fraction=0.05, schedule="cosine")

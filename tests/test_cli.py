@@ -1,6 +1,6 @@
 """Pins the command line: help, --json on the last line, exit codes, one-line errors that say what to do, and that a refused command
 leaves the disk as it was. Most commands run in this process (`main`), a few as programs."""
-import hashlib, json, os, subprocess, sys
+import hashlib, json, os, shutil, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest
 from clam.cli import main
@@ -87,7 +87,7 @@ def test_an_interruption_is_130(clam, tmp_path, monkeypatch):
     code, _, err = clam("data", "info", "toy", data=tmp_path)
     assert code == 130 and err == "interrupted; run the same command again to go on\n"
 
-@pytest.mark.parametrize("argv, word", [([], "Expected one of"), (["trian"], "trian"), (["data", "make"], "NAME"), (["data", "make", "toy", "--episodes", "few"], "few"), (["train"], "--data"),
+@pytest.mark.parametrize("argv, word", [([], "Expected one of"), (["trian"], "trian"), (["data", "make"], "recipe"), (["data", "make", "toy", "--episodes", "few"], "few"), (["train"], "--data"),
     (["train", "--data", "toy", "--preset", "fast"], "'quick'"), (["train", "--data", "toy", "--model", "cnn"], "'transformer'"), (["train", "--data", "toy", "--lam.latent-dim", "0"], "must be positive"),
     (["train", "--data", "toy", "--lam.d-model", "250"], "multiple of n_heads"), (["baseline", "lapa", "--data", "toy"], "'vpt'"), (["params", "--speed", "3"], "--speed"), (["eval"], "--run")])
 def test_words_that_cannot_be_read(clam, tmp_path, argv, word): refused(clam(*argv, data=tmp_path), word)
@@ -103,8 +103,9 @@ def story(tmp_path_factory): # toy data and a run of every kind, made once throu
         said[name] = json.loads(done.stdout.splitlines()[-1])
     run("make", "data", "make", "toy", "--episodes", 60, "--seed", 1)
     run("train", "train", "--data", "toy", "--run", "r1", *FAST)
+    shutil.copytree(data/"runs"/"r1", data/"runs"/"stage1-only")
     run("policy", "policy", "--run", "r1")
-    run("eval", "eval", "--run", "r1", "--episodes", 4)
+    run("eval", "eval", "--run", "r1", "--episodes", 4, "--workers", 1)
     return data, said
 
 def test_the_small_story(story):
@@ -121,7 +122,7 @@ def test_baselines(clam, story, kind):
     data, _ = story
     code, said, err = clam("baseline", kind, "--data", "toy", "--preset", "tiny", "--bc.updates", 20, "--idm.updates", 20, *FAST[4:], "--run", kind, "--json", data=data)
     assert code == 0, err
-    code, result, err = clam("eval", "--run", said["run"], "--episodes", 2, "--json", data=data)
+    code, result, err = clam("eval", "--run", said["run"], "--episodes", 2, "--workers", 1, "--videos", 0, "--json", data=data)
     assert code == 0 and result["episodes"] == 2, err
 
 def test_data_commands(clam, story):
@@ -153,7 +154,6 @@ def unharmed(story): # the story's folder must be the same afterwards
     assert tree(data) == before
 
 def copy_of(data, tmp_path): # a writable copy of the toy dataset under another CLAM_DATA
-    import shutil
     shutil.copytree(data/"episodes"/"toy", tmp_path/"episodes"/"toy"); return tmp_path
 
 def test_unknown_dataset(clam, unharmed):
@@ -193,12 +193,15 @@ def test_an_existing_run_is_not_overwritten(clam, unharmed): refused(clam("train
 def test_a_checkpoint_of_another_model(clam, unharmed):
     refused(clam("train", "--data", "toy", "--run", "r1", "--resume", "--model", "transformer", *FAST, data=unharmed), "r1")
 
-def test_weights_of_another_model(clam, story, tmp_path): # a file copied from elsewhere
-    import shutil
-    data = copy_of(story[0], tmp_path); shutil.copytree(story[0]/"runs"/"r1", data/"runs"/"r1")
-    shutil.copy(data/"runs"/"r1"/"decoder.safetensors", data/"runs"/"r1"/"lam.safetensors"); before = tree(data)
-    for argv in (["policy", "--run", "r1"], ["eval", "--run", "r1", "--episodes", 1]): refused(clam(*argv, data=data), "lam.safetensors")
+def test_weights_of_another_model(clam, story, tmp_path): # a file copied from another run
+    data = copy_of(story[0], tmp_path); shutil.copytree(story[0]/"runs", data/"runs"); runs = data/"runs"
+    shutil.copy(runs/"r1"/"decoder.safetensors", runs/"stage1-only"/"lam.safetensors")
+    shutil.copy(runs/"r1"/"lam.safetensors", runs/"r1"/"policy.safetensors"); before = tree(data)
+    refused(clam("policy", "--run", "stage1-only", data=data), "lam.safetensors")
+    refused(clam("eval", "--run", "r1", "--episodes", 1, "--workers", 1, data=data), "policy.safetensors")
     assert tree(data) == before
+
+def test_evaluation_before_stage_2(clam, unharmed): refused(clam("eval", "--run", "stage1-only", "--workers", 1, data=unharmed), "policy")
 
 def test_a_run_directory_in_use(clam, story):
     data, _ = story

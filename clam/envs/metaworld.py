@@ -13,8 +13,7 @@ from .base import BaseEnv
 from .rendering import CAMERAS, FrameRenderer
 
 # %% auto #0
-__all__ = ['TASKS', 'ALL_TASKS', 'OBS_SLICES', 'RETURN_RANGE', 'MEASURES', 'FAMILY', 'MetaWorldEnv', 'get_state', 'set_state',
-           'render', 'close']
+__all__ = ['TASKS', 'ALL_TASKS', 'OBS_SLICES', 'RETURN_RANGE', 'MEASURES', 'FAMILY', 'MetaWorldEnv']
 
 # %% ../../nbs/22_envs.metaworld.ipynb #b82cf5a3
 TASKS = ("assembly", "bin-picking", "peg-insert-side", "shelf-place")   # the paper's four
@@ -46,7 +45,7 @@ def _simulator(task: str): # a goal-observable MetaWorld environment whose rando
     sim.max_path_length = 10**9                                             # we count the steps; MetaWorld would raise at 500
     return sim
 
-# %% ../../nbs/22_envs.metaworld.ipynb #7f0db12c
+# %% ../../nbs/22_envs.metaworld.ipynb #0075a270
 # mean return of uniformly random actions and of the scripted expert, seeds 900000 to 900049: 0 and 1 of the normalised return
 RETURN_RANGE = {"assembly": (91., 1313.), "bin-picking": (4., 853.), "peg-insert-side": (3., 1093.), "shelf-place": (0., 658.)}
 MEASURES = ("near_object", "grasp_reward", "in_place_reward", "obj_to_target")     # copied from MetaWorld's info
@@ -64,7 +63,8 @@ class MetaWorldEnv(BaseEnv):
         self.task, self.action_repeat, self.render_size, self.camera = task, action_repeat, render_size, camera
         self.sim, self._renderer, self._obs = _simulator(task), None, None
         self.spec = Spec(f"metaworld/{task}", obs_dim=39, act_dim=4, frame_shape=(render_size, render_size, 3), max_steps=max_steps,
-            control_dt_s=self.sim.dt*action_repeat, return_range=RETURN_RANGE.get(task))
+            control_dt_s=self.sim.dt*action_repeat, return_range=RETURN_RANGE.get(task),
+            history=tuple((j, j-18) for j in range(18, 36))) # the second block is the first, one simulator step ago
 
     def _reset(self, seed):
         self.sim.seed(seed)
@@ -79,7 +79,7 @@ class MetaWorldEnv(BaseEnv):
         if not np.isfinite(self._obs).all(): raise EnvError("the simulation became unstable", fix="reset the environment", where=self.spec.name)
         return self._obs, reward, success, {"grasp": grasp, "success_last": bool(info["success"])} | {m: float(info[m]) for m in MEASURES}
 
-# %% ../../nbs/22_envs.metaworld.ipynb #82cea7ca
+# %% ../../nbs/22_envs.metaworld.ipynb #fc23a777
 _MODEL_FIELDS = ("body_pos", "body_quat", "site_pos", "geom_pos")      # what MetaWorld moves at reset
 _PLAIN = (bool, int, float, str, type(None), np.generic, np.ndarray)
 
@@ -88,13 +88,13 @@ def _attributes(sim) -> dict: # MetaWorld's own variables, without views into mj
     shares = lambda v: isinstance(v, np.ndarray) and any(np.may_share_memory(v, a) for a in live)
     return {k: copy.deepcopy(v) for k, v in vars(sim).items() if isinstance(v, _PLAIN) and not shares(v)}
 
-def get_state(self) -> dict:
+def _get_state(self) -> dict:
     "Everything that decides what happens next; plain arrays and numbers."
     m, d, kind = self.sim.model, self.sim.data, mujoco.mjtState.mjSTATE_INTEGRATION
     physics = np.empty(mujoco.mj_stateSize(m, kind)); mujoco.mj_getState(m, d, physics, kind)
     return {"t": self._t, "obs": self._obs.copy(), "physics": physics, "model": {f: getattr(m, f).copy() for f in _MODEL_FIELDS}, "attributes": _attributes(self.sim)}
 
-def set_state(self, state: dict) -> np.ndarray:
+def _set_state(self, state: dict) -> np.ndarray:
     "Return to a moment saved by `get_state`; its observation [39]."
     m, d, kind = self.sim.model, self.sim.data, mujoco.mjtState.mjSTATE_INTEGRATION
     for f, v in state["model"].items(): getattr(m, f)[:] = v
@@ -103,18 +103,18 @@ def set_state(self, state: dict) -> np.ndarray:
     vars(self.sim).update(copy.deepcopy(state["attributes"]))
     self._t, self._obs = state["t"], state["obs"].copy()
     return self._obs.astype(np.float32)
-MetaWorldEnv.get_state, MetaWorldEnv.set_state = get_state, set_state
+MetaWorldEnv.get_state, MetaWorldEnv.set_state = _get_state, _set_state
 
-# %% ../../nbs/22_envs.metaworld.ipynb #eb10ec85
-def render(self) -> np.ndarray:
+# %% ../../nbs/22_envs.metaworld.ipynb #6f8f364c
+def _render(self) -> np.ndarray:
     "The current moment as [render_size, render_size, 3] uint8."
     if self._renderer is None: self._renderer = FrameRenderer(self.sim.model, self.render_size, self.render_size, self.camera)
     return self._renderer(self.sim.data)
 
-def close(self):
+def _close(self):
     "Free the renderer."
     if self._renderer is not None: self._renderer.close(); self._renderer = None
-MetaWorldEnv.render, MetaWorldEnv.close = render, close
+MetaWorldEnv.render, MetaWorldEnv.close = _render, _close
 MetaWorldEnv.render_settings = property(lambda self: self._renderer.settings if self._renderer else None, doc="how frames were drawn, once one was")
 
 FAMILY = (MetaWorldEnv, ALL_TASKS)      # for `make_env("metaworld/...")`

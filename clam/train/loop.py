@@ -169,15 +169,14 @@ def run_loop(step: Callable, state: TrainState, updates: int, callbacks=(), stag
             for c in callbacks: c.on_end()
     return state
 
-# %% ../../nbs/51_train.loop.ipynb #a61c596d
+# %% ../../nbs/51_train.loop.ipynb #2cb6805d
 def regression(module: nn.Module, draw: Callable, n: int, cfg: RegressionConfig, seed: int, name: str="loss", device="cpu") -> tuple[TrainState, Callable]:
     "State and step function for fitting `module(*inputs)` to `target`, where `draw(idx) -> (inputs, target)` for indices below `n`."
     module.train()
     opt, sampler, amp = Optimiser(module.parameters(), cfg.optim, cfg.updates), Sampler(n, cfg.batch, seed, device), precision(cfg.autocast, device)
     def step(i):
-        (x, *rest), y = draw(sampler.next())
-        if cfg.obs_noise: x = x+cfg.obs_noise*torch.randn_like(x)
-        with amp(): pred = module(x, *rest)
+        inputs, y = draw(sampler.next())
+        with amp(): pred = module(*inputs)
         loss = mse(pred, y)
         opt.clear(); loss.backward(); opt.step(i)
         return {name: loss.detach()}

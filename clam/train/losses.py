@@ -9,19 +9,19 @@ import torch, torch.nn.functional as F
 # %% auto #0
 __all__ = ['mse', 'recon_loss', 'cheat_loss', 'action_loss', 'grad_norm']
 
-# %% ../../nbs/50_train.losses.ipynb #aecb8082
+# %% ../../nbs/50_train.losses.ipynb #781f2161
 def mse(pred, target) -> torch.Tensor: # mean over all elements, in float32; shapes must be equal
     "Mean squared error without broadcasting."
     if pred.shape != target.shape: raise ValueError(f"shapes differ: {list(pred.shape)} and {list(target.shape)}")
     return F.mse_loss(pred.float(), target.float())
 
-def recon_loss(pred, win) -> torch.Tensor: # pred [B, K, S], win [B, W, S]
-    "Error of the predicted frames, the window's last K (equation 1)."
-    return mse(pred, win[:, -pred.shape[1]:])
+def recon_loss(pred, win, unit=1.) -> torch.Tensor: # pred [B, K, S], win [B, W, S], unit [S] or 1
+    "Error of the predicted frames, the window's last K, in `unit`s (equation 1)."
+    return mse(pred/unit, win[:, -pred.shape[1]:]/unit)
 
-def cheat_loss(win, K: int=1) -> torch.Tensor: # win [B, W, S]
-    "Error of predicting that nothing moves, over the same K frames (Appendix B)."
-    return mse(win[:, -K-1:-1], win[:, -K:])
+def cheat_loss(win, K: int=1, unit=1.) -> torch.Tensor: # win [B, W, S], unit [S] or 1
+    "Error of predicting that nothing moves, over the same K frames in the same units (Appendix B)."
+    return mse(win[:, -K-1:-1]/unit, win[:, -K:]/unit)
 
 def action_loss(pred, act) -> torch.Tensor: # both [B, A]
     "Error of decoded actions (equation 2)."
