@@ -10,8 +10,8 @@ from typing import Literal
 from .core import ConfigError, digest
 
 # %% auto #0
-__all__ = ['PRESETS', 'LAMConfig', 'HeadConfig', 'OptimConfig', 'Stage1Config', 'RegressionConfig', 'SplitConfig', 'EvalConfig',
-           'Config', 'config_from_dict', 'preset']
+__all__ = ['PRESETS', 'IMAGE_MODELS', 'LAMConfig', 'HeadConfig', 'OptimConfig', 'Stage1Config', 'RegressionConfig', 'SplitConfig',
+           'EvalConfig', 'Config', 'config_from_dict', 'preset']
 
 # %% ../nbs/02_config.ipynb #e08b7b19
 def _positive(cfg, *names):
@@ -139,7 +139,7 @@ class EvalConfig:
     workers: int = 0                  # processes; 0 = one for each processor
     def __post_init__(self): _positive(self, "episodes")
 
-# %% ../nbs/02_config.ipynb #fb001051
+# %% ../nbs/02_config.ipynb #e3bec22c
 @dataclass(frozen=True)
 class Config:
     "Everything a run needs, as one nested record."
@@ -162,10 +162,10 @@ class Config:
     def digest(self) -> str: return digest(dataclasses.asdict(self)) # identifies the configuration
     def replace(self, **changes) -> Config:
         "Copy with changes; nested fields as `lam__latent_dim=8`."
-        out, nested = self, {}
+        nested = {}
         for k, v in changes.items():
             if "__" in k: room, name = k.split("__", 1); nested.setdefault(room, {})[name] = v
-            else: out = dataclasses.replace(out, **{k: v})
+        out = dataclasses.replace(self, **{k: v for k, v in changes.items() if "__" not in k})
         for room, kw in nested.items(): out = dataclasses.replace(out, **{room: _replace_deep(getattr(out, room), kw)})
         return out
 
@@ -186,8 +186,9 @@ def config_from_dict(d: dict, cls=Config): # rebuild a Config from what `datacla
         kw[k] = config_from_dict(v, hints[k]) if dataclasses.is_dataclass(hints[k]) else v
     return cls(**kw)
 
-# %% ../nbs/02_config.ipynb #85c01661
+# %% ../nbs/02_config.ipynb #6955ddd3
 PRESETS = ("tiny", "quick", "repo", "paper")
+IMAGE_MODELS = ("space_time", "conv") # models that read pictures; every other name reads states
 
 def _quick() -> Config: # the demo; how these were found is told in 92_models
     fast = OptimConfig(lr=1e-3, warmup_fraction=0.05, weight_decay=0.01, schedule="cosine")
@@ -213,9 +214,19 @@ def _repo() -> Config: # official code's YAML where it differs from the paper (M
     return Config(preset="repo", standardise=False, lam=LAMConfig(latent_dim=8), stage1=Stage1Config(lam_optim=o, decoder_optim=OptimConfig(lr=1e-3, warmup=0)),
         stage2=reg(400_000), bc=reg(150_000), idm=reg(200_000), split=SplitConfig(n_labelled=50), eval=EvalConfig(episodes=40))
 
+def _pictures(cfg: Config, name: str, model: str) -> Config: # what changes when a model reads pictures instead of states
+    cfg = cfg.replace(standardise=False, history_as_change=False, lam__step_units=False, lam__linear_skip=False, stage1__label_shift=0.)
+    if name in ("tiny", "quick"):
+        return cfg.replace(lam__idm_input="difference", lam__fdm_target="delta", lam__spare_weights=False, lam__patch=8, lam__conv_width=1, policy__image_width=1, policy__embed_dim=64,
+                           stage1__batch=64, stage1__labelled_batch=64, stage2__batch=64, bc__batch=64, idm__batch=64)
+    if model == "space_time": cfg = cfg.replace(stage1__batch=64, stage1__labelled_batch=64)                                # as the official code
+    if name == "repo": cfg = cfg.replace(lam__latent_dim=16 if model == "space_time" else 8, stage1__beta=1. if model == "space_time" else .01, stage2__updates=100_000)
+    return cfg
+
 def preset(name: str, model: str="mlp", seed: int=0) -> Config:
     "The named preset for a model; raises `ConfigError` for an unknown name."
     if name not in PRESETS: raise ConfigError("unknown preset", got=name, expected=", ".join(PRESETS))
     cfg = {"tiny": _tiny, "quick": _quick, "repo": _repo, "paper": lambda: Config(standardise=False)}[name]()
-    if name == "repo" and model == "transformer": cfg = cfg.replace(stage1__updates=200_000)
+    if name == "repo" and model != "mlp": cfg = cfg.replace(stage1__updates=200_000)
+    if model in IMAGE_MODELS: cfg = _pictures(cfg, name, model)
     return cfg.replace(preset=name, seed=seed, lam__model=model)

@@ -58,12 +58,12 @@ def test_every_flag_explains_itself(): # the comment of a dataclass field is its
                     name = line.split(":")[0].strip()
                     if name in cls.__dataclass_fields__ and "Config" not in line: assert "#" in line, f"{cls.__name__}.{name} has no comment"
 
-def test_model_and_preset_choices_are_those_that_exist():
+def test_model_and_preset_choices_exist(): # the registry also holds models of images, which `train` does not offer yet
     from typing import get_args
     from clam.cli import Model, Preset
     from clam.config import PRESETS
     from clam.models.lam import REGISTRY
-    assert set(get_args(Model)) == set(REGISTRY) and get_args(Preset) == PRESETS
+    assert set(get_args(Model)) <= set(REGISTRY) and get_args(Preset) == PRESETS
 
 def test_as_a_program(tmp_path):
     assert program("data", "list", "--json", CLAM_DATA=tmp_path).returncode == 0

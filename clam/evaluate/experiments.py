@@ -135,7 +135,7 @@ def finished_record(table: str, cell: Cell, root=None) -> dict|None:
     if wrong := [k for k, v in want.items() if r.get(k) != v]: raise DatasetError("the record is of another experiment", got=f"{', '.join(wrong)} {r.get(wrong[0])}", expected=want[wrong[0]], fix="remove the file or choose another table", where=str(f))
     return r
 
-# %% ../../nbs/63_evaluate.experiments.ipynb #f186a022
+# %% ../../nbs/63_evaluate.experiments.ipynb #eb64300f
 _TO_PARENT = [] # in a worker: the queue that progress goes to
 
 def _start(queue, threads: int): # once in each worker
@@ -145,9 +145,11 @@ class _Tell(Callback):
     "Sends `(cell, what it is doing)` to the parent process."
     def __init__(self, name: str): self.name = name
     def on_start(self, done, total): self.total = total
-    def on_log(self, m): _TO_PARENT[0].put((self.name, f"{m['stage']} {100*m['update']//self.total}%"))
+    def on_log(self, m): self.stage = m["stage"]; _TO_PARENT[0].put((self.name, f"{self.stage} {100*m['update']//self.total}%"))
+    def on_end(self): _TO_PARENT[0].put((self.name, f"{getattr(self, 'stage', 'training')} done"))
 
-def _work(table: str, cell: Cell, root) -> dict: # one cell, in a worker
+def _work(table: str, fields: tuple, root) -> dict: # one cell, in a worker
+    cell = Cell(*fields)
     name = f"{label(cell.method, cell.cfg)}-{cell.cfg.seed}"
     record = run_method(cell.method, cell.data, cell.cfg, cell.run, [_Tell(name)], cell.env, quiet=True, workers=1)
     _TO_PARENT[0].put((name, None)); save_record(table, record, root)
@@ -158,13 +160,13 @@ def _parallel(table, todo: dict[int, Cell], processes, root, bar, threads): # yi
     ctx = get_context("spawn"); queue = ctx.Queue()
     def listen(doing={}): # shows what each worker is doing beside the bar
         while (said := queue.get()) is not None:
-            doing[said[0]] = said[1]; bar.set_postfix_str(", ".join(f"{k} {v}" for k, v in doing.items() if v))
+            doing[said[0]] = said[1]; bar.set_postfix_str(", ".join(f"{k} {v}" for k, v in doing.items() if v), refresh=False); bar.update(0)
     thread = threading.Thread(target=listen, daemon=True); thread.start()
     pool = ProcessPoolExecutor(processes, mp_context=ctx, initializer=me._start, initargs=(queue, threads or max(1, available_cpus()//processes)))
     try:
-        futures = {pool.submit(me._work, table, c, root): i for i, c in todo.items()}
+        futures = {pool.submit(me._work, table, (c.method, c.data, c.cfg, c.run, c.env), root): i for i, c in todo.items()}
         for f in as_completed(futures): yield futures[f], f.result()
-    except BrokenProcessPool: raise EnvError("a worker process died", got=f"{processes} processes", fix="it probably ran out of memory: run again with fewer processes, what is finished is kept") from None
+    except BrokenProcessPool: raise EnvError("a worker process died", got=f"{processes} processes", fix="look for its message above; without one it ran out of memory: run again with fewer processes, what is finished is kept") from None
     finally: pool.shutdown(cancel_futures=True); queue.put(None); thread.join()
 
 # %% ../../nbs/63_evaluate.experiments.ipynb #b4a4d82a

@@ -48,7 +48,7 @@ def rollout(env, agent: Agent, seed: int, render: bool=False) -> Episode:
     return Episode(obs=np.stack(obs).astype(np.float32), act=np.stack(act), reward=np.array(reward, np.float32), success=np.array(success, bool),
         z=None if zs[0] is None else np.stack(zs).astype(np.float32), frames=np.stack(frames) if render else None, meta={"seed": int(seed)})
 
-# %% ../../nbs/61_evaluate.rollout.ipynb #afcd30b0
+# %% ../../nbs/61_evaluate.rollout.ipynb #f13d2758
 _HELD = {} # in a worker: the environment and agent it loaded
 
 def _roll(env_name, agent_path, load, seed, render=False): # one episode in a worker
@@ -70,7 +70,7 @@ def _rolls(env_name, agent_path, load, seeds, workers: int, render=False):
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
     try:
         for f in [pool.submit(work, env_name, agent_path, load, s, render) for s in seeds]: yield f.result()
-    except BrokenProcessPool: raise EnvError("an evaluation worker died", got=f"{workers} workers", fix="it probably ran out of memory: use fewer workers; a script needs `if __name__ == '__main__':` around the call", where=env_name) from None
+    except BrokenProcessPool: raise EnvError("an evaluation worker died", got=f"{workers} workers", fix="look for its message above; without one it ran out of memory: use fewer workers; a script needs `if __name__ == '__main__':` around the call", where=env_name) from None
     finally: pool.shutdown(wait=True, cancel_futures=True)
 
 # %% ../../nbs/61_evaluate.rollout.ipynb #221718fb

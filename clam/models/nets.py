@@ -13,7 +13,7 @@ from ..config import LAMConfig
 # %% auto #0
 __all__ = ['SLOPE', 'count_params', 'mlp', 'check_shape', 'differences', 'step_deviation', 'flat_features', 'token_features',
            'feature_dims', 'frame_index', 'check_positions', 'causal_mask', 'attend', 'Attention', 'EncoderBlock',
-           'DecoderBlock', 'check_images', 'frozen_statistics']
+           'DecoderBlock', 'check_images', 'picture_features', 'near_zero', 'frozen_statistics']
 
 # %% ../../nbs/35_models.nets.ipynb #0f3203c7
 def count_params(module: nn.Module) -> int: # trainable and frozen parameters; buffers do not count
@@ -130,14 +130,23 @@ class DecoderBlock(nn.Module):
         x = self.norm2(x + self.drop(self.cross(x + pos, memory + memory_pos, memory, cross_mask)))
         return self.norm3(x + self.drop(self.ff(x)))
 
-# %% ../../nbs/35_models.nets.ipynb #ca4f9493
+# %% ../../nbs/35_models.nets.ipynb #04a88a3f
 def check_images(cfg: LAMConfig, shape: tuple) -> int: # shape (C, Hh, Ww)
     "Side of the pictures in pixels; raises `ConfigError` unless they are square and the options fit pictures."
     if len(shape) != 3 or shape[1] != shape[2]:
         raise ConfigError(f"{cfg.model} reads square pictures", got=list(shape), expected="[C, side, side]", fix="use a dataset with frames (`clam data make ... --frames`), or model mlp or transformer")
-    for name, plain in (("idm_input", "frames"), ("step_units", False), ("linear_skip", False)):
-        if getattr(cfg, name) != plain: raise ConfigError(f"LAMConfig.{name} is for states", got=f"{getattr(cfg, name)!r} with model {cfg.model}", expected=repr(plain))
+    for name in ("step_units", "linear_skip"):
+        if getattr(cfg, name): raise ConfigError(f"LAMConfig.{name} is for states", got=f"{name}=True with model {cfg.model}", expected="False")
     return shape[1]
+
+def picture_features(win, cfg: LAMConfig): # [B, W, C, Hh, Ww] -> the same, or [B, W, 2C, Hh, Ww] with differences
+    "What the IDM sees of each frame, as `token_features` for states."
+    return win if cfg.idm_input == "frames" else torch.cat([win, F.pad(differences(win), (0, 0)*3 + (1, 0))], 2)
+
+def near_zero(layer: nn.Module): # a layer with `weight` and `bias`
+    "Start an output layer next to 0: a model that predicts changes then begins with the guess that nothing moves."
+    nn.init.normal_(layer.weight, std=1e-4); nn.init.zeros_(layer.bias)
+    return layer
 
 # %% ../../nbs/35_models.nets.ipynb #4fdd1f67
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from ..data.windows import CURRENT, window_index
 from .losses import mse
 
 # %% auto #0
-__all__ = ['Batch', 'WindowData', 'Sampler', 'lr_at', 'Optimiser', 'has_bf16', 'precision', 'TrainState', 'Callback',
+__all__ = ['Batch', 'WindowData', 'shifted', 'Sampler', 'lr_at', 'Optimiser', 'has_bf16', 'precision', 'TrainState', 'Callback',
            'ProgressBar', 'interruptible', 'run_loop', 'regression']
 
 # %% ../../nbs/51_train.loop.ipynb #d2188c49
@@ -42,6 +42,11 @@ class WindowData:
         return Batch(self.windows(idx), self.t.index_select(0, idx), None if self.act is None else self.act.index_select(0, idx))
     def current(self) -> torch.Tensor: return self.obs[self.rows[:, CURRENT]] # o_t of every transition [N, S]
 
+# %% ../../nbs/51_train.loop.ipynb #f8e949ca
+def shifted(win, std): # win [B, W, S], std a number or [S] -> [B, W, S]
+    "Add one random offset to all frames of each window; differences between frames do not change."
+    return win + std*torch.randn_like(win[:, :1])
+
 # %% ../../nbs/51_train.loop.ipynb #5d0f3b3a
 class Sampler:
     "`next()` gives `batch` indices below `n`, uniform with replacement; `state`/`load` save and restore the position."
@@ -52,7 +57,7 @@ class Sampler:
     def state(self) -> torch.Tensor: return self.rng.get_state()
     def load(self, state: torch.Tensor): self.rng.set_state(state.cpu().clone())
 
-# %% ../../nbs/51_train.loop.ipynb #e5188049
+# %% ../../nbs/51_train.loop.ipynb #0e8b3022
 def lr_at(cfg: OptimConfig, i: int, total: int) -> float:
     "Learning rate of update `i` of `total`: linear warm-up, then constant or a cosine to 0."
     w = cfg.warmup_updates(total)
@@ -64,7 +69,8 @@ class Optimiser:
     def __init__(self, params, cfg: OptimConfig, total: int):
         self.params, self.cfg, self.total, self.lr = list(params), cfg, total, 0.
         self.adam = torch.optim.AdamW(self.params, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, weight_decay=cfg.weight_decay, fused=True)
-    def clear(self): self.adam.zero_grad(set_to_none=True)
+    def clear(self):
+        for p in self.params: p.grad = None
     def step(self, i: int):
         self.adam.param_groups[0]["lr"] = self.lr = lr_at(self.cfg, i, self.total)
         nn.utils.clip_grad_norm_(self.params, self.cfg.clip, foreach=True)
@@ -105,7 +111,7 @@ class TrainState:
             o.adam.load_state_dict({"state": moments, "param_groups": o.adam.state_dict()["param_groups"]})
         for n, s in self.samplers.items(): s.load(tensors[f"sampler.{n}"])
 
-# %% ../../nbs/51_train.loop.ipynb #56aa032c
+# %% ../../nbs/51_train.loop.ipynb #87d67032
 class Callback:
     "Override what you need; every method may be left out."
     def on_start(self, done: int, total: int): "Updates done before this call, and the number asked for."
@@ -116,14 +122,15 @@ class Callback:
 class ProgressBar(Callback):
     "A bar with the newest losses, on a terminal or in a notebook."
     def __init__(self, desc: str="", quiet: bool|None=None): self.desc, self.quiet, self.bar = desc, quiet, None
-    def on_start(self, done, total): self.bar, self.seen = progress(desc=self.desc, total=total, initial=done, quiet=self.quiet), done
+    def on_start(self, done, total): self.bar, self.seen = None if self.quiet else progress(desc=self.desc, total=total, initial=done, quiet=self.quiet), done
     def on_log(self, m):
+        if self.bar is None: return
         self.bar.update(m["update"]-self.seen); self.seen = m["update"]
         self.bar.set_postfix({k: f"{v:.4g}" for k, v in m.items() if k.endswith("_loss")})
     def on_end(self):
         if self.bar is not None: self.bar.close()
 
-# %% ../../nbs/51_train.loop.ipynb #7548dba1
+# %% ../../nbs/51_train.loop.ipynb #2a7f0415
 @contextlib.contextmanager
 def interruptible():
     "Inside the block Ctrl-C and SIGTERM only fill the yielded list; they take effect when it ends. A second one acts at once."
@@ -132,7 +139,7 @@ def interruptible():
         caught.append(number)
         if len(caught) > 1: raise KeyboardInterrupt
     if threading.current_thread() is threading.main_thread():
-        before = {s: signal.signal(s, note) or signal.SIG_DFL for s in (signal.SIGINT, signal.SIGTERM)}
+        before = {s: signal.signal(s, note) or signal.SIG_DFL for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) is not signal.SIG_IGN} # a background job ignores Ctrl-C
     try: yield caught
     finally:
         for s, handler in before.items(): signal.signal(s, handler)

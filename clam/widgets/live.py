@@ -21,25 +21,28 @@ class Thinned:
             if len(self.x) > self.limit: self.x, self.y, self.every = self.x[::2], self.y[::2], 2*self.every
         self.seen += 1
 
-# %% ../../nbs/82_widgets.live.ipynb #eb4177ae
+# %% ../../nbs/82_widgets.live.ipynb #c1d5d6cc
 def in_notebook() -> bool: # is there a kernel that can update a displayed figure?
     if "ipykernel" not in sys.modules: return False
     from IPython import get_ipython
     return getattr(get_ipython(), "kernel", None) is not None
 
 class LiveCurve:
-    "Training callback that draws the losses while they fall. `live=None` draws only in a notebook."
-    def __init__(self, title: str="", hz: float=4., limit: int=400, live: bool|None=None, height: int=320):
+    "Training callback that draws the losses while they fall. `live=None` draws only in a notebook; `history` is what an interrupted training logged before."
+    def __init__(self, title: str="", hz: float=4., limit: int=400, live: bool|None=None, height: int=320, history=()):
         self.title, self.hz, self.limit, self.height = title, hz, limit, height
         self.live = in_notebook() if live is None else live
         self.curves, self.total, self.stage, self.draws = {}, 0, "", 0    # curves: (stage, key) -> Thinned
         self._fig = self._handle = None; self._drawn = 0.
+        for m in history: self.keep(m)
     def on_start(self, done: int, total: int): self.total, self._drawn = total, 0.
     def on_update(self, i: int): return None
-    def on_log(self, metrics: dict):
+    def keep(self, metrics: dict): # remember one log
         self.stage = metrics.get("stage", "")
         for k, v in metrics.items():
             if (k == "loss" or k.endswith("_loss")) and math.isfinite(v): self.curves.setdefault((self.stage, k), Thinned(self.limit)).add(metrics.get("update", 0), v)
+    def on_log(self, metrics: dict):
+        self.keep(metrics)
         if self.live and self.curves and time.monotonic()-self._drawn >= 1/self.hz: self.draw()
     def on_end(self):
         if self.live and self.curves: self.draw()

@@ -98,7 +98,7 @@ def training_curves(metrics, keys=None, title: str="", height: int=320) -> go.Fi
     if (values <= 0).any(): return fig
     return fig.update_yaxes(type="log", exponentformat="power", dtick=1 if values.max() > 30*values.min() else None)
 
-# %% ../../nbs/80_widgets.plots.ipynb #ec84c3ff
+# %% ../../nbs/80_widgets.plots.ipynb #f0b85abc
 @or_message
 def recon_vs_cheat(result, title: str="") -> go.Figure:
     "Bars from a record with `recon` and `cheat` (and `shuffled_z`, `mean_z`, `zero_z` where measured), or from `{name: record}`."
@@ -112,7 +112,7 @@ def recon_vs_cheat(result, title: str="") -> go.Figure:
     for (g, r), c in zip(good.items(), PALETTE):
         fig.add_bar(x=[names[k] for k in r], y=list(r.values()), name=g, marker_color=c if several else [PALETTE[0], *[PALETTE[7]]*(len(r)-2), PALETTE[3]], text=[f"{v:.3g}" for v in r.values()], textposition="outside", cliponaxis=False)
     verdicts = [f"{g+': ' if g else ''}recon/cheat {r['recon']/r['cheat']:.2f}" for g, r in good.items() if r["cheat"] > 0]
-    fig = style(fig, title or ", ".join(verdicts), "", "prediction error (MSE, normalised)")
+    fig = style(fig, title or ", ".join(verdicts), "", "prediction error (MSE)")
     return fig.update_layout(showlegend=len(good) > 1, barmode="group")
 
 # %% ../../nbs/80_widgets.plots.ipynb #1b5b87aa

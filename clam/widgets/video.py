@@ -53,12 +53,20 @@ def _curve(img, values, t: int, x0: int, x1: int, colour): # draws values[0..t] 
         if ai <= t: img[yi:h-2, xi] = colour
     img[h-2, x0:x1] = _GREY
 
-# %% ../../nbs/81_widgets.video.ipynb #dc54fa50
+# %% ../../nbs/81_widgets.video.ipynb #85532b5e
+def _enlarge(f, k: int) -> np.ndarray: # [T, Hh, Ww, 3] -> k times larger: linear between pixels, or hard pixels for drawings below 48 pixels
+    if k == 1 or f.shape[2] < 48: return f.repeat(k, 1).repeat(k, 2)
+    for axis in (1, 2):
+        n = f.shape[axis]; at = np.clip((np.arange(n*k)+.5)/k-.5, 0, n-1); lo = np.minimum(at.astype(int), n-2)
+        w = (at-lo).astype(np.float32).reshape([-1 if i == axis else 1 for i in range(4)])
+        f = f.take(lo, axis)*(1-w)+f.take(lo+1, axis)*w
+    return np.round(f).astype(np.uint8)
+
 def overlay(frames, act=None, z=None, reward=None, success=None, size: int=224, panel: int=44) -> np.ndarray:
     """Frames `[T+1, Hh, Ww, 3]` enlarged to about `size` pixels, with a panel of action, latent and reward and a green border at success.
     `act [T, A]` in [-1, 1], `z [T, Z]`, `reward [T]`, `success [T]`; each may be None. Returns `[T+1, ~size+panel, ~size, 3]` uint8."""
     f = _frames(frames); k = max(1, round(size/f.shape[2])); n = len(f)
-    f = f.repeat(k, 1).repeat(k, 2); W = f.shape[2]
+    f = _enlarge(f, k); W = f.shape[2]
     parts = [p for p in (("act", act), ("z", z), ("reward", reward)) if p[1] is not None and len(p[1])]
     for name, v in [*parts, *([("success", success)] if success is not None else [])]:
         if len(v) not in (n-1, n): raise DatasetError(f"{name} does not belong to these frames", got=f"{len(v)} steps", expected=f"{n-1} for {n} frames")
