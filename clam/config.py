@@ -10,8 +10,8 @@ from typing import Literal
 from .core import ConfigError, digest
 
 # %% auto #0
-__all__ = ['PRESETS', 'IMAGE_MODELS', 'LAMConfig', 'HeadConfig', 'OptimConfig', 'Stage1Config', 'RegressionConfig', 'SplitConfig',
-           'EvalConfig', 'Config', 'config_from_dict', 'preset']
+__all__ = ['PRESETS', 'IMAGE_MODELS', 'LAMConfig', 'HeadConfig', 'OptimConfig', 'Stage1Config', 'RegressionConfig',
+           'Stage2Config', 'SplitConfig', 'EvalConfig', 'Config', 'config_from_dict', 'preset']
 
 # %% ../nbs/02_config.ipynb #e08b7b19
 def _positive(cfg, *names):
@@ -104,16 +104,26 @@ class Stage1Config:
         _positive(self, "updates", "batch", "labelled_batch", "decoder_every")
         if self.beta < 0 or self.recon_weight < 0: raise ConfigError("loss weights must be 0 or more", got=f"beta={self.beta}, recon_weight={self.recon_weight}")
 
-# %% ../nbs/02_config.ipynb #205bd240
+# %% ../nbs/02_config.ipynb #50ff00a8
 @dataclass(frozen=True)
 class RegressionConfig:
     "Supervised regression: latent policy (Stage 2), BC, or VPT's inverse model (paper Tables 10-11)."
     updates: int = 150_000            # gradient updates, Table 10
     batch: int = 64                   # Table 10
-    obs_noise: float = 0.0            # std of noise on the input, in normalised units; not in the paper
     optim: OptimConfig = field(default_factory=OptimConfig)
     autocast: Literal["auto","float32","bfloat16"] = "float32" # `auto`: bfloat16 where the processor has it
     def __post_init__(self): _positive(self, "updates", "batch")
+
+# %% ../nbs/02_config.ipynb #c8dd437d
+@dataclass(frozen=True)
+class Stage2Config(RegressionConfig):
+    "The latent policy (paper section 3.2). Updates and batch are not stated there; these are the official code's."
+    updates: int = 400_000            # gradient updates
+    batch: int = 128                  # transitions an update
+    decoded_weight: float = 0.0       # weight of a second error, between the decoded latents: distances in z that the decoder ignores then count less; not in the paper
+    def __post_init__(self):
+        super().__post_init__()
+        if self.decoded_weight < 0: raise ConfigError("Stage2Config.decoded_weight must be 0 or more", got=self.decoded_weight)
 
 # %% ../nbs/02_config.ipynb #745f4b52
 @dataclass(frozen=True)
@@ -139,7 +149,7 @@ class EvalConfig:
     workers: int = 0                  # processes; 0 = one for each processor
     def __post_init__(self): _positive(self, "episodes")
 
-# %% ../nbs/02_config.ipynb #e3bec22c
+# %% ../nbs/02_config.ipynb #d6d859a4
 @dataclass(frozen=True)
 class Config:
     "Everything a run needs, as one nested record."
@@ -151,7 +161,7 @@ class Config:
     decoder: HeadConfig = field(default_factory=lambda: HeadConfig(n_hidden=3)) # Table 11
     policy: HeadConfig = field(default_factory=HeadConfig)                      # Table 10
     stage1: Stage1Config = field(default_factory=Stage1Config)
-    stage2: RegressionConfig = field(default_factory=lambda: RegressionConfig(updates=400_000, batch=128)) # not stated in the paper; official code's defaults
+    stage2: Stage2Config = field(default_factory=Stage2Config)
     bc: RegressionConfig = field(default_factory=RegressionConfig)              # BC-AL, BC-Expert, VPT's policy: Table 10
     idm: RegressionConfig = field(default_factory=lambda: RegressionConfig(updates=200_000, batch=128)) # VPT's inverse model; official code
     split: SplitConfig = field(default_factory=SplitConfig)
@@ -186,7 +196,7 @@ def config_from_dict(d: dict, cls=Config): # rebuild a Config from what `datacla
         kw[k] = config_from_dict(v, hints[k]) if dataclasses.is_dataclass(hints[k]) else v
     return cls(**kw)
 
-# %% ../nbs/02_config.ipynb #6955ddd3
+# %% ../nbs/02_config.ipynb #90edee1f
 PRESETS = ("tiny", "quick", "repo", "paper")
 IMAGE_MODELS = ("space_time", "conv") # models that read pictures; every other name reads states
 
@@ -194,25 +204,25 @@ def _quick() -> Config: # the demo; how these were found is told in 92_models
     fast = OptimConfig(lr=1e-3, warmup_fraction=0.05, weight_decay=0.01, schedule="cosine")
     reg = lambda n: RegressionConfig(updates=n, batch=256, optim=fast, autocast="auto")
     return Config(preset="quick", history_as_change=True,
-        lam=LAMConfig(hidden_dim=256, d_model=64, d_ff=128, n_layers=1, dropout=0.0, position="relative", max_positions=8,
+        lam=LAMConfig(latent_dim=8, hidden_dim=256, d_model=64, d_ff=128, n_layers=1, dropout=0.0, position="relative", max_positions=8,
                       idm_input="difference", fdm_target="delta", step_units=True, linear_skip=True),
         decoder=HeadConfig(embed_dim=0, hidden_dim=256, n_hidden=2), policy=HeadConfig(embed_dim=0, hidden_dim=512, n_hidden=2),
         stage1=Stage1Config(updates=6_000, batch=256, labelled_batch=256, beta=10., label_shift=1., lam_optim=fast, decoder_optim=fast, autocast="auto"),
-        stage2=reg(6_000), bc=reg(6_000), idm=reg(6_000))
+        stage2=Stage2Config(updates=6_000, batch=256, decoded_weight=1., optim=fast, autocast="auto"), bc=reg(6_000), idm=reg(6_000))
 
 def _tiny() -> Config: # toy and tests: seconds
     fast = OptimConfig(lr=2e-3, warmup_fraction=0.05, schedule="cosine")
     reg = RegressionConfig(updates=400, batch=128, optim=fast)
     return Config(preset="tiny", lam=LAMConfig(latent_dim=8, hidden_dim=64, d_model=32, n_heads=2, n_layers=1, d_ff=64, dropout=0.0, position="relative", max_positions=8),
         decoder=HeadConfig(embed_dim=0, hidden_dim=64, n_hidden=1), policy=HeadConfig(embed_dim=0, hidden_dim=64, n_hidden=2),
-        stage1=Stage1Config(updates=600, batch=128, labelled_batch=128, lam_optim=fast, decoder_optim=fast), stage2=reg, bc=reg, idm=reg,
+        stage1=Stage1Config(updates=600, batch=128, labelled_batch=128, lam_optim=fast, decoder_optim=fast), stage2=Stage2Config(updates=400, batch=128, optim=fast), bc=reg, idm=reg,
         split=SplitConfig(n_expert=20, n_labelled=20), eval=EvalConfig(episodes=20))
 
 def _repo() -> Config: # official code's YAML where it differs from the paper (METHOD section 3)
     o = OptimConfig(weight_decay=0.001)
     reg = lambda n: RegressionConfig(updates=n, batch=128, optim=o)
     return Config(preset="repo", standardise=False, lam=LAMConfig(latent_dim=8), stage1=Stage1Config(lam_optim=o, decoder_optim=OptimConfig(lr=1e-3, warmup=0)),
-        stage2=reg(400_000), bc=reg(150_000), idm=reg(200_000), split=SplitConfig(n_labelled=50), eval=EvalConfig(episodes=40))
+        stage2=Stage2Config(optim=o), bc=reg(150_000), idm=reg(200_000), split=SplitConfig(n_labelled=50), eval=EvalConfig(episodes=40))
 
 def _pictures(cfg: Config, name: str, model: str) -> Config: # what changes when a model reads pictures instead of states
     cfg = cfg.replace(standardise=False, history_as_change=False, lam__step_units=False, lam__linear_skip=False, stage1__label_shift=0.)

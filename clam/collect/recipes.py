@@ -40,12 +40,12 @@ class ARNoise:
         self.n = self.rho*self.n + np.sqrt(1-self.rho**2)*self.rng.normal(size=self.n.shape)
         return self.n
 
-# %% ../../nbs/31_collect.recipes.ipynb #cc38f0dd
+# %% ../../nbs/31_collect.recipes.ipynb #0742b41c
 def random_controller(rng):
     "Uniform in [-1, 1], independent at each step."
     return lambda obs, t: rng.uniform(-1, 1, 4)
 
-def explore_controller(rng, recipe: Replay):
+def explore_controller(rng, recipe):
     "A drift with AR noise on top, or bang-bang; 2 % of the steps uniform."
     noise, drift = ARNoise(rng, rho=rng.choice(recipe.rhos)), rng.normal(0, recipe.drift, 4)
     bang, switch, size = rng.random() < recipe.bang, rng.uniform(.03, .3), rng.uniform(.6, 1.4)
@@ -68,8 +68,8 @@ def blocks_controller(rng, expert, s: float, sigma: float):
         return n if wandering else expert(obs) + sigma*(1+3*(1-s))*jitter
     return act
 
-# %% ../../nbs/31_collect.recipes.ipynb #0f5293f4
-def scripted_controller(rng, expert, s: float, sigma: float, recipe: Replay):
+# %% ../../nbs/31_collect.recipes.ipynb #065495f4
+def scripted_controller(rng, expert, s: float, sigma: float, recipe):
     "The expert seeing a displaced object and goal, with gain <= 1, AR noise, and sometimes a stall after which it only drifts."
     bad = 1-s
     noise, drift = ARNoise(rng, rho=rng.choice(recipe.rhos)), rng.normal(0, recipe.drift, 4)

@@ -176,15 +176,15 @@ def run_loop(step: Callable, state: TrainState, updates: int, callbacks=(), stag
             for c in callbacks: c.on_end()
     return state
 
-# %% ../../nbs/51_train.loop.ipynb #2cb6805d
-def regression(module: nn.Module, draw: Callable, n: int, cfg: RegressionConfig, seed: int, name: str="loss", device="cpu") -> tuple[TrainState, Callable]:
-    "State and step function for fitting `module(*inputs)` to `target`, where `draw(idx) -> (inputs, target)` for indices below `n`."
+# %% ../../nbs/51_train.loop.ipynb #c6da97ad
+def regression(module: nn.Module, draw: Callable, n: int, cfg: RegressionConfig, seed: int, name: str="loss", device="cpu", extra: Callable|None=None) -> tuple[TrainState, Callable]:
+    "State and step function for fitting `module(*inputs)` to `target`, where `draw(idx) -> (inputs, target)` for indices below `n`; `extra(pred, target)` is a second term of the loss."
     module.train()
     opt, sampler, amp = Optimiser(module.parameters(), cfg.optim, cfg.updates), Sampler(n, cfg.batch, seed, device), precision(cfg.autocast, device)
     def step(i):
         inputs, y = draw(sampler.next())
         with amp(): pred = module(*inputs)
-        loss = mse(pred, y)
-        opt.clear(); loss.backward(); opt.step(i)
+        loss = mse(pred, y); total = loss if extra is None else loss+extra(pred, y)
+        opt.clear(); total.backward(); opt.step(i)
         return {name: loss.detach()}
     return TrainState({"model": module}, {"model": opt}, {"data": sampler}), step
