@@ -196,7 +196,7 @@ def config_from_dict(d: dict, cls=Config): # rebuild a Config from what `datacla
         kw[k] = config_from_dict(v, hints[k]) if dataclasses.is_dataclass(hints[k]) else v
     return cls(**kw)
 
-# %% ../nbs/02_config.ipynb #90edee1f
+# %% ../nbs/02_config.ipynb #0105e6ba
 PRESETS = ("tiny", "quick", "repo", "paper")
 IMAGE_MODELS = ("space_time", "conv") # models that read pictures; every other name reads states
 
@@ -204,7 +204,7 @@ def _quick() -> Config: # the demo; how these were found is told in 92_models
     fast = OptimConfig(lr=1e-3, warmup_fraction=0.05, weight_decay=0.01, schedule="cosine")
     reg = lambda n: RegressionConfig(updates=n, batch=256, optim=fast, autocast="auto")
     return Config(preset="quick", history_as_change=True,
-        lam=LAMConfig(latent_dim=8, hidden_dim=256, d_model=64, d_ff=128, n_layers=1, dropout=0.0, position="relative", max_positions=8,
+        lam=LAMConfig(hidden_dim=256, d_model=64, d_ff=128, n_layers=1, dropout=0.0, position="relative", max_positions=8,
                       idm_input="difference", fdm_target="delta", step_units=True, linear_skip=True),
         decoder=HeadConfig(embed_dim=0, hidden_dim=256, n_hidden=2), policy=HeadConfig(embed_dim=0, hidden_dim=512, n_hidden=2),
         stage1=Stage1Config(updates=6_000, batch=256, labelled_batch=256, beta=10., label_shift=1., lam_optim=fast, decoder_optim=fast, autocast="auto"),

@@ -26,7 +26,7 @@ PAPER = {                       # table -> method label -> (success, spread) for
 def paper_cell(n: int, label: str, env: str) -> tuple[float, float]: # the paper's success and spread
     return PAPER[n][label][TASKS.index(env)]
 
-# %% ../../nbs/64_evaluate.tables.ipynb #2de31ce9
+# %% ../../nbs/64_evaluate.tables.ipynb #7ebd40e1
 def plan(n: int, preset_name: str="quick", seeds=(0,), tasks=TASKS, labels=None) -> list[Cell]:
     "The cells of table `n` at a preset: every method on every task, for each training seed. `labels` picks some methods."
     if n not in PAPER: raise ConfigError("this table cannot be run", got=n, expected=", ".join(map(str, PAPER)))
@@ -36,7 +36,7 @@ def plan(n: int, preset_name: str="quick", seeds=(0,), tasks=TASKS, labels=None)
         for label in labels or PAPER[n]:
             method, _, model = label.partition("-") if label.startswith("clam") else (label, "", "mlp")
             for s in seeds:
-                cfg = preset(preset_name, model, s).replace(split__n_labelled=LABELS[n])
+                cfg = preset(preset_name, model, s).replace(split__n_labelled=LABELS[n], eval__videos=0) # numbers need no videos
                 out.append(Cell(method, env, cfg, str(data_dir("runs", f"table{n}-{preset_name}", f"{label}-{Path(env).name}-s{s}")), env))
     return out
 
