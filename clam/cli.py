@@ -15,7 +15,7 @@ from .core import ClamError, ConfigError, DatasetError, data_dir, locked, to_jso
 
 # %% auto #0
 __all__ = ['Model', 'Preset', 'Command', 'show_pairs', 'show_table', 'DataList', 'DataInfo', 'DataCheck', 'DataMake', 'Params',
-           'Trains', 'Train', 'Policy', 'Baseline', 'Eval', 'Demo', 'Table', 'parse', 'main']
+           'Trains', 'Train', 'Policy', 'Baseline', 'Eval', 'Health', 'Demo', 'Table', 'parse', 'main']
 
 # %% ../nbs/90_cli.ipynb #7cc0150f
 @dataclass(kw_only=True)
@@ -225,6 +225,19 @@ class Eval(Command):
         show_pairs(out)
         return out
 
+# %% ../nbs/90_cli.ipynb #1e7c0b24
+@dataclass(kw_only=True)
+class Health(Command):
+    "The latent health report of a run: is the latent action model ready, leaking, collapsed or not decodable, and why."
+    run: str                        # run: a name below data/runs, or a folder
+    view: Literal["heldout", "heldout_expert"] = "heldout" # episodes to examine; never trained on
+    limit: int = 10_000             # transitions to examine at most
+    def do(self) -> dict:
+        from clam.evaluate.health import health
+        run = _existing(self.run); report = health(run, view=self.view, limit=self.limit)
+        print(report)
+        return {"run": str(run.path), **report.to_dict()}
+
 # %% ../nbs/90_cli.ipynb #70b394ac
 @dataclass(kw_only=True)
 class Demo(Command):
@@ -278,7 +291,7 @@ class Table(Command):
             "the paper": f"{r['paper']:.2f} ± {r['paper_spread']:.2f}"} for r in rows])
         return {"cells": rows}
 
-# %% ../nbs/90_cli.ipynb #3b82fb49
+# %% ../nbs/90_cli.ipynb #a81d8f6a
 def _commands(argv): # the union of all commands, with the defaults of the preset that `argv` names
     cfg = preset(_given(argv, "--preset", "quick", PRESETS), _given(argv, "--model", "mlp", ("mlp", "transformer")))
     parts = lambda cls: {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cls) if f.name in ("lam", "decoder", "policy", "stage1", "bc", "idm", "split")}
@@ -286,7 +299,7 @@ def _commands(argv): # the union of all commands, with the defaults of the prese
     preset_of = lambda cls, name, **kw: Annotated[cls, subcommand(name, default=cls(data=tyro.MISSING, **kw, **parts(cls)))]
     data = Union[named(DataList, "list"), named(DataInfo, "info"), named(DataCheck, "check"), named(DataMake, "make")]
     return Union[named(Demo, "demo"), Annotated[data, subcommand("data", description="Datasets: list, info, check, make.")], named(Params, "params"), preset_of(Train, "train"), named(Policy, "policy"),
-        preset_of(Baseline, "baseline", method=tyro.MISSING), named(Eval, "eval"), named(Table, "table")]
+        preset_of(Baseline, "baseline", method=tyro.MISSING), named(Eval, "eval"), named(Health, "health"), named(Table, "table")]
 
 # %% ../nbs/90_cli.ipynb #39d9e77e
 def _given(argv, flag: str, default: str, allowed): # the value after `--flag`, if it is one of `allowed`

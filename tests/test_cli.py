@@ -34,7 +34,7 @@ def refused(result, *words): # one line, exit code 2
     for w in words: assert w in err, f"{w!r} not in {err!r}"
 
 # ---------------------------------------------------------------- help and parsing
-COMMANDS = [["data", "list"], ["data", "info"], ["data", "check"], ["data", "make"], ["params"], ["demo"], ["train"], ["policy"], ["baseline"], ["eval"], ["table"]]
+COMMANDS = [["data", "list"], ["data", "info"], ["data", "check"], ["data", "make"], ["params"], ["demo"], ["train"], ["policy"], ["baseline"], ["eval"], ["health"], ["table"]]
 
 def test_help_is_fast_and_exits_with_0():
     done = program("--help")
@@ -106,6 +106,7 @@ def story(tmp_path_factory): # toy data and a run of every kind, made once throu
     shutil.copytree(data/"runs"/"r1", data/"runs"/"stage1-only")
     run("policy", "policy", "--run", "r1")
     run("eval", "eval", "--run", "r1", "--episodes", 4, "--workers", 1)
+    run("health", "health", "--run", "r1", "--limit", 500)
     return data, said
 
 def test_the_small_story(story):
@@ -113,6 +114,7 @@ def test_the_small_story(story):
     assert {"episodes", "transitions", "success_rate", "path"} <= said["make"].keys() and said["make"]["episodes"] == 60
     assert {"run", "updates", "updates_per_second", "recon_loss", "cheat_loss", "action_loss"} <= said["train"].keys() and said["train"]["updates"] == 60
     assert {"run", "latent_loss"} <= said["policy"].keys() and Path(said["policy"]["run"]) == data/"runs"/"r1"
+    assert said["health"]["verdict"] in ("ready", "leaking", "collapsed", "not decodable") and "probe" in said["health"]["measures"]
     assert {"success", "success_ci95", "return_mean", "normalized_return", "episodes"} <= said["eval"].keys() and said["eval"]["episodes"] == 4
     lo, hi = said["eval"]["success_ci95"]; assert 0 <= lo <= said["eval"]["success"] <= hi <= 1
     assert all(np.isfinite(said["train"][k]) for k in ("recon_loss", "cheat_loss", "action_loss"))
@@ -186,7 +188,7 @@ def test_no_labelled_trajectories(clam, unharmed):
     refused(clam("train", "--data", "toy", "--preset", "tiny", "--labels", 10_000, *FAST[4:6], data=unharmed), "label")
 
 def test_an_unknown_run(clam, unharmed):
-    for c in ("policy", "eval"): refused(clam(c, "--run", "no-such", data=unharmed), "no-such")
+    for c in ("policy", "eval", "health"): refused(clam(c, "--run", "no-such", data=unharmed), "no-such")
 
 def test_an_existing_run_is_not_overwritten(clam, unharmed): refused(clam("train", "--data", "toy", "--run", "r1", *FAST, data=unharmed), "r1", "--resume")
 
