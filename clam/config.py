@@ -196,11 +196,11 @@ def config_from_dict(d: dict, cls=Config): # rebuild a Config from what `datacla
         kw[k] = config_from_dict(v, hints[k]) if dataclasses.is_dataclass(hints[k]) else v
     return cls(**kw)
 
-# %% ../nbs/02_config.ipynb #0105e6ba
+# %% ../nbs/02_config.ipynb #5ab278d1
 PRESETS = ("tiny", "quick", "repo", "paper")
 IMAGE_MODELS = ("space_time", "conv") # models that read pictures; every other name reads states
 
-def _quick() -> Config: # the demo; how these were found is told in 92_models
+def _quick() -> Config: # the demo; how these were found is told in 95_reproduction
     fast = OptimConfig(lr=1e-3, warmup_fraction=0.05, weight_decay=0.01, schedule="cosine")
     reg = lambda n: RegressionConfig(updates=n, batch=256, optim=fast, autocast="auto")
     return Config(preset="quick", history_as_change=True,

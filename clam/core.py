@@ -172,7 +172,7 @@ def read_json(path, error=DatasetError) -> dict:
     except FileNotFoundError: raise error("file is missing", where=str(path)) from None
     except (ValueError, OSError) as e: raise error("file is not readable JSON", got=str(e), fix="restore it from a copy or make it again", where=str(path)) from None
 
-# %% ../nbs/00_core.ipynb #ac0241f2
+# %% ../nbs/00_core.ipynb #f6a03477
 def file_digest(path) -> str: # sha256 of a file's bytes
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 def digest(obj, n: int=12) -> str: # short sha256 of any JSON-able object, independent of key order
@@ -189,11 +189,13 @@ def write_manifest(folder, names=None) -> dict:
 def check_manifest(folder, deep: bool=False, error=DatasetError) -> dict:
     "Raise `error` if a file of the manifest is missing, has another size or (with `deep`) another sha256."
     folder = Path(folder); m = read_json(folder/"manifest.json", error)
-    for n, want in m["files"].items():
+    try: files = {n: (int(w["bytes"]), str(w["sha256"])) for n, w in m["files"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError): raise error("manifest has the wrong structure", fix="make or copy the folder again", where=str(folder/"manifest.json")) from None
+    for n, (size, sha) in files.items():
         p = folder/n
-        if not p.exists(): raise error("file is missing", expected=f"{want['bytes']} bytes", fix="make or copy the folder again", where=str(p))
-        if p.stat().st_size != want["bytes"]: raise error("file has the wrong size (truncated?)", p.stat().st_size, f"{want['bytes']} bytes", "make or copy the folder again", str(p))
-        if deep and file_digest(p) != want["sha256"]: raise error("file content changed since it was written", fix="make or copy the folder again", where=str(p))
+        if not p.exists(): raise error("file is missing", expected=f"{size} bytes", fix="make or copy the folder again", where=str(p))
+        if p.stat().st_size != size: raise error("file has the wrong size (truncated?)", p.stat().st_size, f"{size} bytes", "make or copy the folder again", str(p))
+        if deep and file_digest(p) != sha: raise error("file content changed since it was written", fix="make or copy the folder again", where=str(p))
     return m
 
 # %% ../nbs/00_core.ipynb #64ed388d
@@ -255,14 +257,14 @@ def seed_everything(seed: int):
 def sub_seed(seed: int, *names) -> int: # an independent seed derived from `seed` and names: `sub_seed(0, "stage1")`
     return int.from_bytes(hashlib.sha256(repr((int(seed), *names)).encode()).digest()[:4], "little") & 0x7fffffff
 
-# %% ../nbs/00_core.ipynb #3d680867
+# %% ../nbs/00_core.ipynb #8b9f8035
 def available_cpus() -> int: # processors this process may really use
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 def git_commit() -> str|None: # short commit of the workbench's source, with `+` when it has uncommitted changes; None outside git
     try:
         run = lambda *a: subprocess.run(["git", *a], cwd=Path(__file__).parent if "__file__" in globals() else ".", capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-        return run("rev-parse", "--short=12", "HEAD") + ("+" if run("status", "--porcelain", "--untracked-files=no", "--", "clam", ".") else "")
+        return run("rev-parse", "--short=12", "HEAD") + ("+" if run("status", "--porcelain", "--untracked-files=no", "--", ".") else "")
     except (OSError, subprocess.SubprocessError): return None
 
 def _cpu_model() -> str:
