@@ -116,7 +116,7 @@ def _open_notes(path: Path, n: int) -> list[dict]: # the meta of each episode
         except (ValueError, TypeError) as e: raise DatasetError("line is not a JSON object", str(e), fix=MAKE_AGAIN, where=f"{path}, episode {i}") from None
     return out
 
-# %% ../../nbs/10_data.store.ipynb #b00392ee
+# %% ../../nbs/10_data.store.ipynb #f820a031
 @dataclass(frozen=True)
 class _Files:
     "An opened folder: the arrays (memory maps) and the small things beside them."
@@ -158,9 +158,10 @@ def _load(path, resident: bool=False) -> _Files: # open a folder and check every
         if a.shape[1:] != want[n]: raise DatasetError("row shape disagrees with meta.json", a.shape[1:], want[n], MAKE_AGAIN, str(p/f"{n}.npy"))
     if resident: arrays = {n: np.array(a) for n, a in arrays.items()}
     for a in arrays.values(): a.flags.writeable = False
-    return _Files(p, resident, meta, _spec(meta, want, int(np.diff(ends, prepend=0).max()), p), ends, _open_notes(p/"episodes.jsonl", E), arrays, sums)
+    spec = _spec(meta, want, int(np.diff(ends, prepend=0).max()), p)
+    return _Files(p, resident, meta, spec, ends, _open_notes(p/"episodes.jsonl", E), arrays, digest([sums, dataclasses.asdict(dataclasses.replace(spec, name=""))]))
 
-# %% ../../nbs/10_data.store.ipynb #bda654f1
+# %% ../../nbs/10_data.store.ipynb #42a63e89
 def _ranges(starts, counts) -> np.ndarray: # arange(s, s+n) for each pair, concatenated
     return np.repeat(starts-(np.cumsum(counts)-counts), counts)+np.arange(counts.sum())
 
@@ -189,7 +190,7 @@ class _Columns:
     @property
     def has_actions(self) -> bool: return not self._hidden and "act" in self._files.arrays
     @property
-    def digest(self) -> str: # identifies the data: sha256 sums of the files, which episodes, actions or not
+    def digest(self) -> str: # identifies the data: sha256 sums of the files, what the spec says of them, which episodes, actions or not
         return self._files.digest if self._whole and not self._hidden else digest([self._files.digest, self._index, self._hidden])
     @functools.cached_property
     def _whole(self) -> bool: return np.array_equal(self._index, np.arange(len(self._files.ends)))
