@@ -21,7 +21,7 @@ demo: setup gl ## the whole story in about ten minutes
 	@$(BIN)/clam demo $(ARGS)
 
 lab: setup gl ## JupyterLab on the tour
-	@$(BIN)/jupyter lab nbs/91_tour.ipynb
+	@$(BIN)/jupyter lab $$([ "$$(id -u)" = 0 ] && echo --allow-root) $(ARGS) nbs/91_tour.ipynb
 
 test: export MPLBACKEND = Agg
 test: export CLAM_QUIET = 1
