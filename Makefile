@@ -1,11 +1,12 @@
 # make demo   the whole story on MetaWorld Assembly, about ten minutes: report.html with numbers, plots and videos
 # make lab    JupyterLab on the tour
 # make test   everything continuous integration checks
+# make bench  throughput against plain loops
 # make docs   the Quarto site (needs quarto)
 SHELL := /bin/bash
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help setup gl demo lab test docs readme clean
+.PHONY: help setup gl browser demo lab test docs readme clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
@@ -17,6 +18,9 @@ setup: .venv/.ok ## the Python environment in .venv
 gl: setup ## headless rendering
 	@.ci/gl
 
+browser: ## a Chromium for the browser tests
+	@.ci/browser
+
 demo: setup gl ## the whole story in about ten minutes
 	@$(BIN)/clam demo $(ARGS)
 
@@ -26,10 +30,13 @@ lab: setup gl ## JupyterLab on the tour
 test: export MPLBACKEND = Agg
 test: export CLAM_QUIET = 1
 test: export OMP_NUM_THREADS = 1
-test: setup gl ## export is fresh, notebooks run, tests pass
+test: setup gl browser ## export is fresh, notebooks run, tests pass
 	@.ci/quiet "clam/ is what the notebooks export" .ci/fresh
 	@.ci/quiet "notebooks run" .ci/notebooks
 	@.ci/quiet "tests pass" $(BIN)/python -m pytest
+
+bench: setup gl ## throughput against plain reference loops, as ratios
+	@$(BIN)/clam bench $(ARGS)
 
 docs: setup ## the Quarto site in _docs
 	@command -v quarto >/dev/null || { echo "error: quarto is not on PATH; install it from https://quarto.org and run make docs again" >&2; exit 2; }

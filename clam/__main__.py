@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../nbs/90_main.ipynb #ebb77b8b
-from .cli import main
+from .cli.shell import main
 
 # %% ../nbs/90_main.ipynb #08674ae7
 #| eval: false

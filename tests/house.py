@@ -11,7 +11,7 @@ ROOMS = {
     "core": (0, 4, set()), "testing": (0, 4, set()), "config": (0, 4, set()), "toy": (5, 5, set()),
     "data": (10, 19, set()), "envs": (20, 29, {"toy"}), "collect": (30, 34, {"toy", "data", "envs"}), "models": (35, 49, set()),
     "train": (50, 59, {"data", "models"}), "evaluate": (60, 69, {"data", "envs", "models", "train"}),
-    "robot": (70, 79, {"envs.base", "data"}),
+    "robot": (70, 79, {"envs.base", "envs.rendering", "data"}),
     "widgets": (80, 89, {"toy", "data", "envs", "collect", "models", "train", "evaluate", "robot"}),
     "cli": (90, 90, {"toy", "data", "envs", "collect", "models", "train", "evaluate", "robot", "widgets"}), "__main__": (90, 90, {"cli"}),
 }
@@ -20,7 +20,7 @@ VIEWS = {"plotly", "ipywidgets", "anywidget", "mediapy", "umap"}
 NEVER = {"nbdev", "fastcore", "execnb", "ghapi", "pytest", "nbformat", "nbclient"}
 ONLY = {**{m: {"widgets"} for m in VIEWS}, **{m: {"envs", "collect", "robot"} for m in SIMULATORS}}   # these packages, only in these rooms
 LIGHT = {"numpy", "tqdm"}                         # all that core, testing, config and toy may import from outside
-DISTRIBUTION = {"sklearn": "scikit-learn", "umap": "umap-learn", "imageio_ffmpeg": "imageio-ffmpeg", "PIL": "pillow"} # where import and package differ
+DISTRIBUTION = {"sklearn": "scikit-learn", "zmq": "pyzmq", "umap": "umap-learn", "imageio_ffmpeg": "imageio-ffmpeg", "PIL": "pillow", "serial": "pyserial"} # where import and package differ
 MAX_CELL, MAX_EXPORTED, MAX_KB, MAX_STORY_KB = 60, 350, 200, 400 # a story (91-99) stores more pictures
 
 # ---------------------------------------------------------------- notebooks
@@ -141,13 +141,15 @@ def modules(root=ROOT) -> dict[str, str]: # exported module -> text
     return {".".join(p.relative_to(lib).with_suffix("").parts): p.read_text() for p in sorted(lib.rglob("*.py")) if p.name not in ("__init__.py", "_modidx.py")}
 
 def check_dependencies(sources, pyproject: str, constraints: str) -> list[str]:
-    "What the library imports is declared, and what is declared is pinned."
+    "What the library imports is declared (in an extra, other than dev, only when imported inside functions), and what is declared is pinned."
     project = tomllib.loads(pyproject)["project"]; norm = lambda s: re.sub(r"[-_.]+", "-", s).lower()
     name = lambda req: norm(re.match(r"[\w.-]+", req).group())
     declared = {name(r) for r in project["dependencies"]}
     pinned = {norm(l.split("==")[0]) for l in constraints.split("\n") if "==" in l and not l.startswith("#")}
-    used = {w.split(".")[0] for m, t in sources.items() for w, _ in _imports(t, m)} - set(sys.stdlib_module_names) - {"clam"}
-    out = [f"pyproject.toml: {m} is imported but not declared" for m in sorted(used) if norm(DISTRIBUTION.get(m, m)) not in declared]
+    found = [(w.split(".")[0], top) for m, t in sources.items() for w, top in _imports(t, m)]
+    lazily = {name(r) for extra, rs in project["optional-dependencies"].items() if extra != "dev" for r in rs}
+    missing = {m for m, top in found if m not in {*sys.stdlib_module_names, "clam"} and norm(DISTRIBUTION.get(m, m)) not in (declared if top else declared | lazily)}
+    out = [f"pyproject.toml: {m} is imported but not declared" for m in sorted(missing)]
     wanted = declared | {name(r) for r in sum(project["optional-dependencies"].values(), [])}
     return out + [f"constraints.txt: {d} is declared but not pinned" for d in sorted(wanted - pinned)]
 

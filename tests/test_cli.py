@@ -3,7 +3,7 @@ leaves the disk as it was. Most commands run in this process (`main`), a few as 
 import hashlib, json, os, shutil, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest
-from clam.cli import main
+from clam.cli.shell import main
 from clam.core import locked
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,8 +48,8 @@ def test_every_command_has_help(command, capsys):
     assert not stop.value.code and "--json" in text and "--debug" in text
 
 def test_every_flag_explains_itself(): # the comment of a dataclass field is its help text, so each must have one
-    import inspect, clam.cli, clam.config
-    for module in (clam.cli, clam.config):
+    import importlib, inspect, pkgutil, clam.cli
+    for module in map(importlib.import_module, ["clam.config", *(f"clam.cli.{m.name}" for m in pkgutil.iter_modules(clam.cli.__path__))]):
         for cls in vars(module).values():
             if not (inspect.isclass(cls) and cls.__module__ == module.__name__ and hasattr(cls, "__dataclass_fields__")): continue
             assert cls.__doc__ and not cls.__doc__.startswith(cls.__name__+"("), cls
@@ -60,7 +60,7 @@ def test_every_flag_explains_itself(): # the comment of a dataclass field is its
 
 def test_model_and_preset_choices_exist(): # the registry also holds models of images, which `train` does not offer yet
     from typing import get_args
-    from clam.cli import Model, Preset
+    from clam.cli.command import Model, Preset
     from clam.config import PRESETS
     from clam.models.lam import REGISTRY
     assert set(get_args(Model)) <= set(REGISTRY) and get_args(Preset) == PRESETS

@@ -47,7 +47,7 @@ def test_films_show_the_counted_episodes(toy):
     assert r.videos is not None and 1 <= len(r.videos) <= 2
     by_seed = {e.meta["seed"]: e for e in r.episodes}
     for film in r.videos:
-        assert film.frames.shape == (len(film)+1, 32, 32, 3) and np.array_equal(film.obs, by_seed[film.meta["seed"]].obs)
+        assert film.frames.shape == (len(film)+1, 224, 224, 3) and np.array_equal(film.obs, by_seed[film.meta["seed"]].obs)
 
 def test_an_unfinished_evaluation_is_done_again(toy):
     d, _ = toy; cfg = EvalConfig(episodes=3, videos=0, workers=1)

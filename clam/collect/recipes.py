@@ -16,8 +16,9 @@ from ..envs.metaworld import ALL_TASKS
 from ..toy import toy_episode
 
 # %% auto #0
-__all__ = ['COLLECT_SEEDS', 'RECIPES', 'TARGETS', 'play', 'ARNoise', 'random_controller', 'explore_controller',
-           'blocks_controller', 'scripted_controller', 'Replay', 'ToyMix', 'recipe_for', 'collect', 'make_dataset']
+__all__ = ['COLLECT_SEEDS', 'RECIPES', 'TARGETS', 'ELSEWHERE', 'play', 'ARNoise', 'random_controller', 'explore_controller',
+           'blocks_controller', 'scripted_controller', 'Replay', 'ToyMix', 'recipe_names', 'recipe_for', 'collect',
+           'make_dataset']
 
 # %% ../../nbs/31_collect.recipes.ipynb #a5eac453
 def play(env: Env, controller, seed: int, frames: bool=False, **meta) -> Episode:
@@ -139,7 +140,7 @@ class ToyMix:
     def describe(self, name: str, frames: bool=False) -> dict:
         with make_env(name) as env: return {"spec": env.spec, "source": "the workbench's own point mass", "licence": "as the workbench"}
 
-# %% ../../nbs/31_collect.recipes.ipynb #af29dc2b
+# %% ../../nbs/31_collect.recipes.ipynb #28776910
 RECIPES = {
     "metaworld/assembly": Replay(x0=0., width=.7, sigma=.07),
     "metaworld/shelf-place": Replay(x0=.05, width=.65),
@@ -152,11 +153,17 @@ TARGETS = {  # success by decile of training that the schedules aim at (after TD
     "metaworld/bin-picking": (0, .1, .3, .5, .7, .85, .9, .95, 1, 1), "metaworld/peg-insert-side": (0, .1, .3, .5, .7, .85, .9, .95, 1, 1),
 }
 
+ELSEWHERE = {"widowx": "clam.robot.sim"}    # family -> module with its own RECIPES, imported on first use
+
+def recipe_names() -> list[str]: # every recipe that has a name of its own
+    return [*RECIPES, *(n for m in ELSEWHERE.values() for n in importlib.import_module(m).RECIPES)]
+
 def recipe_for(name: str):
     "The recipe called `name`; other MetaWorld tasks get the default schedule. `DatasetError` lists the names."
     if name in RECIPES: return RECIPES[name]
+    if (family := name.partition("/")[0]) in ELSEWHERE and name in (found := importlib.import_module(ELSEWHERE[family]).RECIPES): return found[name]
     if name.removeprefix("metaworld/") in ALL_TASKS and "/" in name: return Replay()
-    raise DatasetError("unknown recipe", got=repr(name), expected=f"one of {', '.join(RECIPES)}, or metaworld/<any other task>")
+    raise DatasetError("unknown recipe", got=repr(name), expected=f"one of {', '.join(recipe_names())}, or metaworld/<any other task>")
 
 # %% ../../nbs/31_collect.recipes.ipynb #9db0b961
 _episode = None     # the collector of this worker process

@@ -57,11 +57,12 @@ class BaseEnv:
     def __enter__(self): return self
     def __exit__(self, *exc): self.close()
 
-# %% ../../nbs/20_envs.base.ipynb #baae9d53
+# %% ../../nbs/20_envs.base.ipynb #11ff2a39
 class FakeEnv(BaseEnv):
     "Point at `obs[:A]` pushed by the action; success within 0.3 of the origin. `obs[A:]` is the last action."
-    def __init__(self, max_steps: int=20, act_dim: int=2):
-        self.spec = Spec("fake", obs_dim=2*act_dim, act_dim=act_dim, frame_shape=(16, 16, 3), max_steps=max_steps, return_range=(-30., 0.))
+    def __init__(self, max_steps: int=20, act_dim: int=2, render_size: int=16):
+        self.render_size = render_size
+        self.spec = Spec("fake", obs_dim=2*act_dim, act_dim=act_dim, frame_shape=(render_size, render_size, 3), max_steps=max_steps, return_range=(-30., 0.))
     def _reset(self, seed):
         self.x = np.random.default_rng(seed).uniform(-1, 1, self.spec.act_dim); self.a = np.zeros(self.spec.act_dim)
         return np.r_[self.x, self.a]
@@ -69,16 +70,16 @@ class FakeEnv(BaseEnv):
         self.x, self.a = self.x + .2*action, action
         d = np.linalg.norm(self.x)
         return np.r_[self.x, self.a], -d, d < .3, {"distance": float(d)}
-    def render(self) -> np.ndarray: # [16, 16, 3] uint8, one white pixel where the point is
-        img = np.zeros((16, 16, 3), np.uint8); i, j = np.clip(self.x[:2]*6+8, 0, 15).astype(int); img[i, j] = 255
+    def render(self) -> np.ndarray: # [Hh, Ww, 3] uint8, a white square of a sixteenth where the point is
+        n = self.render_size; img = np.zeros((n, n, 3), np.uint8); i, j = np.clip(self.x[:2]*6+8, 0, 15).astype(int)*n//16; k = max(1, n//16); img[i:i+k, j:j+k] = 255
         return img
     def get_state(self): return {"t": self._t, "x": self.x.copy(), "a": self.a.copy()}
     def set_state(self, state):
         self._t, self.x, self.a = state["t"], state["x"].copy(), state["a"].copy()
         return np.r_[self.x, self.a].astype(np.float32)
 
-# %% ../../nbs/20_envs.base.ipynb #0b33f694
-_MODULES = {"toy": "clam.toy", "metaworld": "clam.envs.metaworld"}                # family -> module with its FAMILY
+# %% ../../nbs/20_envs.base.ipynb #9e46f8f4
+_MODULES = {"toy": "clam.toy", "metaworld": "clam.envs.metaworld", "widowx": "clam.robot.sim"} # family -> module with its FAMILY
 _FAMILIES: dict[str, tuple[Callable, tuple]] = {}              # family -> (factory, tasks)
 
 def register(name_prefix: str, factory: Callable, tasks=()):

@@ -32,18 +32,18 @@ def gripper_half_m(opening) -> float: # 0 closed .. 1 open -> half the distance 
 def gripper_opening(half_m) -> float: # the inverse, clipped to [0, 1]
     return float(np.clip((half_m-GRIPPER_HALF_M[0])/(GRIPPER_HALF_M[1]-GRIPPER_HALF_M[0]), 0, 1))
 
-# %% ../../nbs/70_robot.base.ipynb #580bbfa4
+# %% ../../nbs/70_robot.base.ipynb #b5e6acdc
 @dataclass(frozen=True)
 class Box:
     "Axis-aligned workspace of `ee_gripper_link` in the base frame, metres."
     low: tuple    # (x, y, z)
     high: tuple   # (x, y, z)
     def clip(self, p) -> np.ndarray: return np.clip(p, self.low, self.high)
-    def distance(self, p) -> float: return float(np.linalg.norm(np.asarray(p, float)-self.clip(p))) # 0 inside
+    def distance(self, p) -> float: return sum(max(l-x, 0., x-h)**2 for x, l, h in zip(p, self.low, self.high))**.5 # 0 inside
     def contains(self, p, tol: float=1e-9) -> bool: return self.distance(p) <= tol
 
 BOXES = {
-    "kitchen": Box((.10, -.27, .005), (.46, .27, .30)),     # ours
+    "kitchen": Box((.10, -.27, .003), (.46, .36, .30)),     # ours; on the left it reaches behind the open door
     "service": Box((.10, -.15, -.10), (.45, .25, .18)),     # BridgeData server's default
     "eval":    Box((.10, -.15, -.01), (.45, .25, .25)),     # BridgeData V2 evaluation, Octo
     "openvla": Box((.10, -.25, -.05), (.45, .25, .25)),     # OpenVLA's bridge evaluation
@@ -186,7 +186,7 @@ def make_arm(name: str="sim", **kw) -> ArmBackend:
         except ImportError as e: raise RobotError(f"the {name} backend needs a package that is not installed", got=str(e), fix="pip install 'clam-workbench[robot]'", where=name) from None
     return _ARMS[name](**kw)
 
-# %% ../../nbs/70_robot.base.ipynb #4e59fff0
+# %% ../../nbs/70_robot.base.ipynb #fb9391d3
 @runtime_checkable
 class Plant(Protocol):
     "Six joints and a gripper that follow targets in time."
@@ -201,7 +201,7 @@ class Plant(Protocol):
     def advance(self, dt_s: float) -> None: ...
 
 class FreePlant:
-    "First-order joints: `q' = (target - q)/lag_s`. Without torque, shoulder, elbow and wrist_angle fall at up to 2 rad/s. `block_half_m` stops the fingers."
+    "First-order joints: `q' = (target - q)/lag_s`. Without torque, shoulder, elbow and wrist_angle fall at up to 2 rad/s, except asleep, where the arm lies on its rest. `block_half_m` stops the fingers."
     def __init__(self, q_rad=POSES["sleep"], lag_s: float=.02, gripper: float=1., block_half_m: float=0.):
         self.q_rad = np.array(q_rad, float); self.qd_rad_s = np.zeros(6); self.lag_s, self.block_half_m = lag_s, block_half_m
         self.targets, self.torque = self.q_rad.copy(), np.ones(7, bool)
@@ -215,7 +215,7 @@ class FreePlant:
     def advance(self, dt_s: float):
         "Exact for a constant target, so the size of `dt_s` does not matter while torque is on."
         follow = self.q_rad+(self.targets-self.q_rad)*(1-np.exp(-dt_s/self.lag_s))
-        falls = np.array([0, 1, 1, 0, 1, 0])*np.minimum(np.maximum(self.qd_rad_s, 0)+9.81*dt_s, 2.)
+        falls = np.array([0, 1, 1, 0, 1, 0])*(np.abs(self.q_rad-POSES["sleep"]).max() > .06)*np.minimum(np.maximum(self.qd_rad_s, 0)+9.81*dt_s, 2.)
         q = np.clip(np.where(self.torque[:6], follow, self.q_rad+falls*dt_s), *LIMITS_RAD.T)
         self.qd_rad_s, self.q_rad, self.t = (q-self.q_rad)/dt_s, q, self.t+dt_s
         if self.torque[6]:

@@ -219,7 +219,7 @@ def cut_metrics(run: Run, stage: str, step: int):
     kept = [m for m in run.metrics() if not (m.get("stage") == stage and m.get("update", 0) > step)]
     with atomic_file(run.path/"metrics.jsonl", "w") as f: f.writelines(json.dumps(m)+"\n" for m in kept)
 
-# %% ../../nbs/52_train.checkpoint.ipynb #8bc2dad7
+# %% ../../nbs/52_train.checkpoint.ipynb #e39ed56d
 @contextlib.contextmanager
 def _threads(n: int|None): # this many threads inside the block; None leaves them
     before = torch.get_num_threads()
@@ -232,6 +232,7 @@ def train_stage(run: Run, stage: str, state: TrainState, step, updates: int, cal
     with seed_everything(sub_seed(run.config.seed, stage, "noise")), _threads(threads):
         cut_metrics(run, stage, load_state(run, stage, state))
         saver = Saver(run, stage, state, save_seconds, save_every)
+        for c in callbacks: getattr(c, "attach", lambda *_: None)(run, state, saver) # for callbacks that look into the training
         run_loop(step, state, updates, [MetricsFile(run), ProgressBar(stage, quiet), *callbacks, saver], stage, log_every, stop)
     return state.step >= updates
 

@@ -12,9 +12,9 @@ from ..core import ConfigError
 from ..evaluate.stats import bootstrap_mean, rate
 
 # %% auto #0
-__all__ = ['PALETTE', 'INK', 'GRID', 'NAMES', 'COLOURS', 'name_of', 'colour_of', 'style', 'Nothing', 'message', 'or_message',
-           'said', 'figure_html', 'shown', 'read_metrics', 'training_curves', 'recon_vs_cheat', 'results_bars',
-           'results_table', 'pca', 'umap_within', 'latent_map']
+__all__ = ['PALETTE', 'INK', 'GRID', 'NAMES', 'COLOURS', 'RUNGS', 'name_of', 'colour_of', 'style', 'Nothing', 'message',
+           'or_message', 'said', 'figure_html', 'shown', 'read_metrics', 'training_curves', 'recon_vs_cheat',
+           'results_bars', 'results_table', 'ladder_bars', 'pca', 'umap_within', 'latent_map']
 
 # %% ../../nbs/80_widgets.plots.ipynb #5e321683
 PALETTE = ("#E69F00", "#0072B2", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#B8A800", "#8A8F98")
@@ -147,6 +147,26 @@ def results_table(records) -> str:
     head = "".join(f"<th>{h}</th>" for h in ("method", *columns, "episodes", "training seeds"))
     body = "".join(f"<tr><td>{html.escape(name_of(l))}</td>"+"".join(f"<td>{show(cells[c].get(l), '{:.0f}' if c == 'return' else '{:.2f}')}</td>" for c in columns)+f"<td>{next(c[l].n for c in cells.values() if l in c)}</td><td>{seeds[l]}</td></tr>" for l in labels)
     return f'<table class="clam-results"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+
+# %% ../../nbs/80_widgets.plots.ipynb #2fed8696
+RUNGS = {"expert": "expert's actions", "decoded": "decoded labels, resynchronised", "replay": "decoded labels, open loop", "all_labels": "policy, decoder with all labels", "policy": "the policy"}
+
+@or_message
+def ladder_bars(result, key: str="success", title: str="") -> go.Figure:
+    "Bars of a `LadderResult` or its JSON: `success` or `return_mean` of each rung with 95% intervals."
+    d = result.to_dict() if hasattr(result, "to_dict") else result or {}
+    if key not in ("success", "return_mean"): raise ConfigError("unknown measure", got=key, expected="success, return_mean")
+    if not (rungs := [r for r in d.get("rungs", []) if r.get(key) is not None]): raise Nothing("no rungs were climbed")
+    fig, ci = go.Figure(), "success_ci95" if key == "success" else "return_ci95"
+    colours = {"expert": PALETTE[2], "decoded": PALETTE[4], "replay": PALETTE[7], "all_labels": PALETTE[1], "policy": PALETTE[0]}
+    for r in rungs:
+        low, high = r[ci]; miss = f"misses {100*r['missed']:.0f} % of what actions do" if r.get("missed") is not None else ""
+        fig.add_bar(y=[RUNGS.get(r["name"], r["name"])+(f"<br>({miss})" if miss else "")], x=[r[key]], orientation="h", width=.6, showlegend=False, marker=dict(color=colours.get(r["name"], PALETTE[5]), opacity=.55), error_x=dict(type="data", symmetric=False, array=[high-r[key]], arrayminus=[r[key]-low], color=INK, thickness=2, width=7),
+            hovertemplate=f"{html.escape(r.get('says', ''))}<br>success {r['success']:.2f}, return {r['return_mean']:.0f}<extra></extra>")
+    stage = d.get("stage", ""); lost = "nothing is lost" if stage == "nothing" else f"lost by the {stage}"
+    fig = style(fig, title or f"{html.escape(str(d.get('name', '')))}: {lost}", f"{'success rate (any step)' if key == 'success' else 'mean return'}, 95 % interval, {d.get('episodes', len(d.get('seeds', [])))} episodes", "", 90+44*len(rungs))
+    fig.update_yaxes(autorange="reversed", ticksuffix=" ")
+    return fig.update_xaxes(range=[0, 1.02]) if key == "success" else fig
 
 # %% ../../nbs/80_widgets.plots.ipynb #9404fbc4
 def pca(z) -> tuple[np.ndarray, np.ndarray]: # z [N, Z] -> coordinates [N, min(Z, 2)], share of the variance of each

@@ -1,0 +1,52 @@
+"""Pins that JupyterLab shows what the notebooks promise: the tour runs to its end, curves move while a training runs, two notebooks
+live beside each other, and a restarted kernel starts again. The driver itself is tested first, on a plot of twenty lines."""
+import pytest
+from lab import ROOT, until
+
+PLOT = '''import numpy as np, plotly.graph_objects as go, ipywidgets as W
+x = np.random.default_rng(0).normal(size=(500, 2)); said, out, slider = W.HTML("nothing"), W.HTML("3"), W.IntSlider(value=3, max=20)
+fig = go.FigureWidget(go.Scattergl(x=x[:, 0], y=x[:, 1], mode="markers")); fig.update_layout(height=400, dragmode="lasso")
+fig.data[0].on_click(lambda t, p, s: setattr(said, "value", f"clicked {p.point_inds}")); fig.data[0].on_selection(lambda t, p, s: setattr(said, "value", f"selected {len(p.point_inds)}"))
+slider.observe(lambda c: setattr(out, "value", str(c.new)), "value")
+for w, name in ((fig, "t-plot"), (said, "t-said"), (out, "t-out"), (slider, "t-slider")): w.add_class(name)
+W.VBox([fig, said, W.HBox([slider, out])])'''
+
+def test_the_driver(book):
+    b = book([PLOT]); b.run_all(); b.drawn("t-plot", 500); said = lambda: b.shows("t-said")
+    for i in b.lonely("t-plot")[:2]: assert b.changed(said, lambda: b.click_point("t-plot", i))[0] == f"clicked [{i}]"
+    n, _ = b.changed(said, lambda: b.lasso("t-plot")); x = b.ask("sum(len(t.selectedpoints or ()) for t in fig.data)")
+    assert n == f"selected {x}" and 100 < x < 500
+    b.slide("t-slider", times=2); until(lambda: b.shows("t-out") == "5", 20, "the slider did not arrive")
+    b.page.evaluate("setTimeout(() => { throw new Error('planted') })"); until(lambda: b.page.title() and b.errors, 5, "an error of the page went unseen"); assert "planted" in b.errors.pop()
+
+def test_a_cell_that_fails_is_seen(book):
+    b = book(["1/0"])
+    with pytest.raises(AssertionError, match="ZeroDivisionError"): b.run_all()
+
+def test_a_training_curve_moves_while_it_trains(book):
+    b = book(['''from clam.widgets.live import LiveCurve
+import time
+curve = LiveCurve("planted"); curve.on_start(0, 60)
+for i in range(60): curve.on_log({"stage": "stage1", "update": i, "recon_loss": 1/(1+i)}); time.sleep(.1)
+drawn = curve.draws; curve.on_end()'''])
+    b.run_all(wait=False); plot = ".jp-OutputArea-output:has(.js-plotly-plot)"
+    last = lambda: b.at(plot).evaluate("el => { const t = el.querySelector('.js-plotly-plot')._fullData[0]; return t ? t.x[t.x.length-1] : -1; }")
+    first = until(lambda: max(last(), 0), 60, "no curve was drawn"); assert first < 59, "only the finished curve was seen"
+    until(lambda: last() > first, 20, "the curve stands still"); b.finish(); assert b.ask("drawn") > 5
+
+def test_two_notebooks_at_once(book):
+    slow, quick = book(["import time, os\nfor i in range(80): time.sleep(.1)\nmine = 'slow'"], "slow"), book([PLOT+"\n#", "mine = 'quick'"], "quick")
+    slow.run_all(wait=False); quick.run_all(); quick.drawn("t-plot", 500) if quick.page.locator(".t-plot").count() else None
+    assert not slow.printed("everything has run"), "the slow one should still be busy"
+    slow.finish(); assert (slow.ask("mine"), quick.ask("mine")) == ("slow", "quick")
+
+def test_a_restarted_kernel_starts_again(book):
+    b = book(["runs = globals().get('runs', 0)+1", PLOT]); b.run_all(); b.run_all() ; assert b.ask("runs") == 2
+    b.restart_and_run_all(); assert b.ask("runs") == 1
+    b.drawn("t-plot", 500); i = b.lonely("t-plot")[0]; assert b.changed(lambda: b.shows("t-said"), lambda: b.click_point("t-plot", i))[0] == f"clicked [{i}]"
+
+@pytest.mark.slow
+def test_the_tour_runs_to_its_end(book):
+    "On the toy, as when notebooks are tested."
+    b = book(ROOT/"nbs"/"91_tour.ipynb", "tour", first="import os; os.environ['IN_TEST'] = '1'"); b.run_all(150)
+    assert b.page.locator(".jp-OutputArea-output .js-plotly-plot").count() >= 4 and b.page.locator("video").count() >= 2
