@@ -10,8 +10,10 @@ from clam.data.store import EpisodeStore, check_store
 from clam.envs.base import Env, env_names, make_env
 from clam.robot.base import BOXES, LIMITS_RAD, POSES, make_arm
 from clam.robot.bridge import CONFIG, BridgeArm, BridgeClient, BridgeStub, pack, unpack
+from clam.robot.dynamixel import DynamixelArm
 from clam.robot.kinematics import DOWN, inverse, make_pose, pose_error
 from clam.robot.kitchen import BUTTONS, TASKS, Kitchen, kitchen_xml, layout
+from clam.robot.servos import DxlBus
 from clam.robot.sim import SCRIPTS, SLICES, SimArm, WidowXEnv, expert, player
 
 def drive(env, policy, seed, until=lambda s: s.success): # -> last Step, observations
@@ -140,17 +142,18 @@ def test_no_action_leaves_box_or_limits():
         assert ((q > LIMITS_RAD[:, 0]) & (q < LIMITS_RAD[:, 1])).all() and max(box.distance(p) for p in hand) < .015 and np.ptp(hand, 0).min() > .05
 
 def test_play_is_play():
-    with WidowXEnv("play") as env: seen = np.concatenate([drive(env, player(i), i)[1] for i in range(4)])
+    with WidowXEnv("play") as env: seen = np.concatenate([drive(env, player(i), i)[1] for i in range(3)])
     assert (np.ptp(seen[:, SLICES["hand"]], 0) > [.2, .35, .15]).all() and np.ptp(seen[:, SLICES["gripper"]]) > .9 and (seen[:, SLICES["turn"]].std(0) > .05).all()
     np.testing.assert_array_equal(player(3)(seen[0], 0), player(3)(seen[0], 0)); assert not np.array_equal(player(3)(seen[0], 0), player(4)(seen[0], 0))
 
+@pytest.mark.slow
 def test_same_seed_same_bytes_whatever_the_processes(tmp_path):
-    a, b = (make_dataset("widowx/push-button", 10, 7, tmp_path/f"w{w}", workers=w, quiet=True) for w in (1, 2))
+    a, b = (make_dataset("widowx/push-button", 9, 7, tmp_path/f"w{w}", workers=w, quiet=True) for w in (1, 2))
     files = sorted(p.name for p in a.iterdir()); assert files == sorted(p.name for p in b.iterdir())
     assert all((a/f).read_bytes() == (b/f).read_bytes() for f in files) and check_store(a) == []
-    s = EpisodeStore(a); assert [n["policy"] for n in s.notes] == ["play"]*6+["expert"]*4 and s.succeeded[6:].all() and set(np.unique(s.returns)) <= {0., .5, 1.}
-    for i in (0, 9): check_episode(s[i])
-    sp = make_splits(s, SplitConfig(n_expert=3, n_labelled=2)); assert set(sp.expert) <= {i for i in range(10) if s.returns[i] == 1} and not set(sp.labelled) & set(range(6, 10))
+    s = EpisodeStore(a); assert [n["policy"] for n in s.notes] == ["play"]*5+["expert"]*4 and s.succeeded[5:].all() and set(np.unique(s.returns)) <= {0., .5, 1.}
+    for i in (0, 8): check_episode(s[i])
+    sp = make_splits(s, SplitConfig(n_expert=3, n_labelled=2)); assert set(sp.expert) <= {i for i in range(9) if s.returns[i] == 1} and not set(sp.labelled) & set(range(5, 9))
     with WidowXEnv("push-button") as env:                                       # actions are where they should be: they replay
         ep = s[1]; o = env.reset(ep.meta["seed"]); np.testing.assert_array_equal(o, ep.obs[0])
         for t in range(30): np.testing.assert_array_equal(env.step(ep.act[t]).obs, ep.obs[t+1])
@@ -287,9 +290,13 @@ def follow(arm, wait) -> tuple[np.ndarray, np.ndarray]: # measured joints [T, 6]
     for target, grip in path: arm.command(target, grip, .2); wait(.2); s = arm.read(); q.append(s.q_rad); p.append(s.ee[:3, 3])
     wait(1.); s = arm.read(); return np.array([*q, s.q_rad]), np.array([*p, s.ee[:3, 3]])
 
-def test_same_trajectory_on_sim_and_bridge():
+@pytest.mark.parametrize("backend", ["bridge", "dynamixel"])
+def test_same_trajectory_on_every_backend(backend):
     with SimArm(seed=6) as arm: q1, p1 = follow(arm, arm.wait)
-    sim = SimArm(seed=6)
-    with BridgeStub(sim) as stub, BridgeArm(port=stub.port, clock=sim) as arm: q2, p2 = follow(arm, sim.wait)
-    print(f"sim and bridge: {np.linalg.norm(p1-p2, axis=1).max()*1000:.2f} mm, {np.abs(q1-q2).max():.4f} rad apart at most")
+    if backend == "bridge":
+        sim = SimArm(seed=6)
+        with BridgeStub(sim) as stub, BridgeArm(port=stub.port, clock=sim) as arm: q2, p2 = follow(arm, sim.wait)
+    else: # the real SDK, real bytes, emulated servos, the same physics
+        with DxlBus(Kitchen(6), realtime=False) as bus, DynamixelArm(bus.port, clock=bus) as arm: q2, p2 = follow(arm, arm.wait)
+    print(f"sim and {backend}: {np.linalg.norm(p1-p2, axis=1).max()*1000:.2f} mm, {np.abs(q1-q2).max():.4f} rad apart at most")
     assert np.linalg.norm(p1-p2, axis=1).max() < .005 and np.abs(q1-q2).max() < .03 and np.ptp(p1, 0).min() > .1

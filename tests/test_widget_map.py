@@ -54,7 +54,7 @@ def test_many_points_are_drawn_by_a_seeded_choice(make):
     assert settled(m) and m.trusted.n == 2000
     hidden = int(np.setdiff1d(np.arange(len(ins)), m.keep)[0]); m.selection.focus = hidden; settled(m)                          # not drawn itself: marked at the drawn point nearest in z
     near = m.keep[np.linalg.norm(ins.z[m.keep]-ins.z[hidden], axis=1).argmin()]
-    assert np.allclose(m.spots([hidden])[0], m.xy["pca"][np.searchsorted(m.keep, near)]) and len(m._ui.fig.data[4].x) == 1
+    assert np.allclose(m.spots([hidden])[0], m.xy["pca"][np.searchsorted(m.keep, near)]) and len(m._ui.fig.data[3].x) == 1
 
 
 def test_colours_change_in_place(make):
@@ -79,11 +79,11 @@ def test_a_click_shows_the_moment(make):
     assert m.selection.focus == n and "episode 5, step 9 of 40" in ui.label.value and "expert" in ui.label.value
     assert ui.now.value == lm.png_bytes(ins.frame(5, 9), 128) and ui.next.value == lm.png_bytes(ins.frame(5, 10), 128)
     assert f"{ins.act[n, 0]:+.2f}" in ui.actions.value and "video/mp4" in ui.clip.value and ui.near.value.count("<img") == 5
-    assert np.array_equal(m.moment.near, ins.neighbours(n, 5)) and np.allclose(ui.fig.data[2].x, m.xy["pca"][m.moment.near, 0])
+    assert np.array_equal(m.moment.near, ins.neighbours(n, 5)) and np.allclose(ui.fig.data[1].x, m.xy["pca"][m.moment.near, 0])
     m.clicked([3], "nearest in z"); settled(m); assert m.selection.focus == ins.neighbours(n, 5)[3], "a mark can be clicked, too"
-    m.clicked([]); ui.pin.click(); assert m.selection.pins == [m.selection.focus] and len(ui.fig.data[3].x) == 1
+    m.clicked([]); ui.pin.click(); assert m.selection.pins == [m.selection.focus] and len(ui.fig.data[2].x) == 1
     m.selection.focus = ins.at(2, 0); ui.back.click(); assert m.selection.focus == ins.at(2, 0), "no way out of the episode"
-    m.selection.focus = None; settled(m); assert "Click a point" in ui.label.value and m.moment is None and len(ui.fig.data[4].x) == 0
+    m.selection.focus = None; settled(m); assert "Click a point" in ui.label.value and m.moment is None and len(ui.fig.data[3].x) == 0
 
 
 def test_only_the_last_of_many_clicks_is_shown(make):
@@ -107,8 +107,8 @@ def test_a_lasso_shows_statistics_and_clips(make):
     m = make(); settled(m); inside = np.flatnonzero(m.inspection.act[:, 1] > .6)
     m.selection.pick(inside); ui = settled(m); facts, acts = lm.picked_rows(m.inspection, inside); a = m.inspection.act
     assert facts["transitions"] == [str(len(inside)), str(N)] and acts["action 1"] == [f"{a[inside, 1].mean():+.2f} ± {a[inside, 1].std():.2f}", f"{a[:, 1].mean():+.2f} ± {a[:, 1].std():.2f}"]
-    assert facts["of kind expert"][0] == f"{(inside >= 160).mean():.0%}" and "video/mp4" in ui.film.value and len(ui.fig.data[1].x) == len(inside)
-    m.selection.pick([]); settled(m); assert "Draw a lasso" in ui.picked.value and ui.film.value == "" and len(ui.fig.data[1].x) == 0
+    assert facts["of kind expert"][0] == f"{(inside >= 160).mean():.0%}" and "video/mp4" in ui.film.value and np.array_equal(ui.fig.data[0].selectedpoints, inside)
+    m.selection.pick([]); settled(m); assert "Draw a lasso" in ui.picked.value and ui.film.value == "" and ui.fig.data[0].selectedpoints is None
 
 
 def test_clips_are_of_members_far_apart():
@@ -211,7 +211,7 @@ def test_latents_that_make_no_map(make, model, words):
 
 def test_some_latents_are_nan(make):
     m = make(opened(nan_where(range(5, 25)))); ui = settled(m); assert m.message == "" and len(m.keep) == N-20 and not set(range(5, 25)) & set(m.keep)
-    m.selection.focus = 7; settled(m); assert "step 7" in ui.label.value and len(ui.fig.data[4].x) == 0, "there is no place to mark"
+    m.selection.focus = 7; settled(m); assert "step 7" in ui.label.value and len(ui.fig.data[3].x) == 0, "there is no place to mark"
     ui.colour.value = lm.ERROR if lm.ERROR in m.names() else "probe error |a - probe(z)|"; m.costs._thread.join(30); assert "needs finite latents" in ui.busy.value
     m.selection.pick(range(40)); settled(m); assert "Inside" in ui.picked.value
 

@@ -76,7 +76,7 @@ class DataMake(Command):
         show_pairs(out)
         return out
 
-# %% ../../nbs/90_cli.data.ipynb #897d3262
+# %% ../../nbs/90_cli.data.ipynb #c72ddd45
 def _pairs(given) -> dict: # ("size=84", "camera=none") -> {"size": 84, "camera": "none"}
     out = {}
     for g in given:
@@ -97,13 +97,14 @@ class DataImport(Command):
     out: str|None = None           # folder to make; default data/episodes/<format>/<file>
     name: str|None = None          # name of the dataset and its environment; default: what the file says
     episodes: int|None = None      # at most so many
+    demos: bool = False            # every episode is a successful demonstration (where the file says nothing of success)
     overwrite: bool = False        # replace an existing dataset
     option: tuple[str, ...] = ()   # options of the format as key=value, e.g. `--option size=84 camera=none`
     def do(self) -> dict:
         from clam.data.formats import import_dataset
         from clam.data.store import EpisodeStore
         out = self.out or data_dir("episodes", self.format, Path(self.path).stem)
-        s = EpisodeStore(import_dataset(self.format, self.path, out, self.name, self.episodes, self.overwrite, **_pairs(self.option)))
+        s = EpisodeStore(import_dataset(self.format, self.path, out, self.name, self.episodes, self.overwrite, self.demos, **_pairs(self.option)))
         done = {**_counts(s), "path": str(s.path)}
         show_pairs(done | {"fields": sorted(s.meta["fields"])})
         return done

@@ -15,7 +15,7 @@ from .store import EpisodeStore, open_dataset, write_store
 # %% auto #0
 __all__ = ['ALIGNMENT', 'CARD', 'reading', 'need', 'safe_unpickle', 'object_npy', 'numbers', 'flags', 'pictures', 'squash',
            'decode_image', 'natural', 'aligned', 'Source', 'Format', 'register_format', 'format_names', 'find_format',
-           'import_dataset', 'fresh_folder', 'export_dataset', 'write_card', 'read_card']
+           'import_dataset', 'action_lags', 'fresh_folder', 'export_dataset', 'write_card', 'read_card']
 
 # %% ../../nbs/14_data.formats.ipynb #3ca25edf
 @contextlib.contextmanager
@@ -168,14 +168,18 @@ def _options(function, skip: int, options: dict, name: str): # a misspelt option
     known = list(inspect.signature(function).parameters)[skip:]
     if unknown := set(options)-set(known): raise ConfigError(f"format {name} has no option {', '.join(sorted(unknown))}", expected=", ".join(known) or "none")
 
-# %% ../../nbs/14_data.formats.ipynb #198d9f30
-def _flow(source: Source, path, spec: dict, limit, act_limit, quiet): # the episodes of a source, checked; what the spec still lacks is filled in on the way
-    it, i, longest = iter(source.episodes), 0, 0
+# %% ../../nbs/14_data.formats.ipynb #0c903512
+def _flow(source: Source, path, spec: dict, limit, demos, act_limit, quiet): # the episodes of a source, checked; what the spec still lacks is filled in on the way
+    it, i, longest, fields = iter(source.episodes), 0, 0, None
     with progress(desc="importing", total=min(source.total or limit, limit or source.total) if source.total or limit else None, quiet=quiet) as bar:
         while limit is None or i < limit:
             with reading(path): item = next(it, None)
             if item is None: break
             label, ep = item
+            if demos and ep.success is None: ep = ep.replace(success=np.arange(len(ep)) == len(ep)-1)
+            shapes = {n: a.shape[1:] for n in ("obs", "frames", "act", "reward", "success", "z") if (a := getattr(ep, n)) is not None}
+            if i == 0: fields = shapes
+            if shapes != fields: raise DatasetError("fields differ from those of the first episode", shapes, fields, "a store has each field for all episodes or for none", f"{path}, episode {label}")
             if i == 0: spec.update(obs_dim=ep.obs.shape[1] if ep.obs is not None else 0, act_dim=ep.act.shape[1] if ep.act is not None else spec.get("act_dim", 0))
             longest = max(longest, len(ep)); spec["max_steps"] = spec.get("given_steps") or longest
             yield check_episode(ep, f"{path}, episode {label}", act_limit=act_limit)
@@ -190,6 +194,7 @@ def import_dataset(
     name: str|None=None,      # name of the dataset and of its environment; default: what the file says
     episodes: int|None=None,  # at most so many
     overwrite: bool=False,    # replace an existing store, in one rename
+    demos: bool=False,        # every episode is a successful demonstration: where the file has no word on success, the last step is one
     act_limit="format",       # largest |action| accepted; None accepts any, "format" what the format promises
     quiet: bool|None=None,    # no progress bar
     **options,                # of the format, see `find_format(format).options`
@@ -203,8 +208,26 @@ def import_dataset(
     limit = meta.pop("act_limit", fmt.act_limit) if act_limit == "format" else act_limit
     if name: spec["name"] = name
     spec["given_steps"] = spec.pop("max_steps", None)
-    meta = {**meta, "name": name or meta.get("name") or out.name, "imported": {"format": format, "file": Path(path).name, "options": options, **meta.get("imported", {})}, "spec": spec}
-    return write_store(out, _flow(source, path, spec, episodes, limit, quiet), meta, overwrite, limit)
+    meta = {**meta, "name": name or meta.get("name") or out.name, "imported": {"format": format, "file": Path(path).name, "options": options, "demos": demos, **meta.get("imported", {})}, "spec": spec}
+    return write_store(out, _flow(source, path, spec, episodes, demos, limit, quiet), meta, overwrite, limit)
+
+# %% ../../nbs/14_data.formats.ipynb #2a79cff4
+def action_lags(store, limit: int=50_000) -> dict[int, float]:
+    """DIAGNOSTIC: share of the change of the observation that the observation and the action `lag` steps later explain, in held-out
+    episodes; {lag: R2}. In an aligned dataset lag 0 wins."""
+    if store.obs is None or not store.has_actions: raise DatasetError("lags need states and actions", fix="import the states too", where=store.name)
+    parts = {-1: [], 0: [], 1: []}; n = 0
+    for k, e in enumerate(store):
+        if len(e) < 4: continue
+        t = np.arange(1, len(e)-1); n += len(t)
+        for lag, p in parts.items(): p.append((k % 2, np.c_[e.obs[t], e.act[t+lag], np.ones(len(t))], e.obs[t+1]-e.obs[t]))
+        if n > limit and k: break
+    if len({k for k, *_ in parts[0]}) < 2: raise DatasetError("too few episodes of four steps or more to compare lags", where=store.name)
+    half = lambda p, k: [np.concatenate([r[i] for r in p if r[0] == k]).astype(float) for i in (1, 2)]
+    def r2(p):
+        (X, Y), (Xt, Yt) = half(p, 0), half(p, 1); unit = Y.std(0)+1e-9
+        left = ((Xt @ np.linalg.lstsq(X, Y/unit, rcond=None)[0]-Yt/unit)**2).sum(); return float(1-left/(((Yt-Y.mean(0))/unit)**2).sum())
+    return {lag: round(r2(p), 4) for lag, p in parts.items()}
 
 # %% ../../nbs/14_data.formats.ipynb #3a11b254
 @contextlib.contextmanager

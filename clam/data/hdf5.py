@@ -50,7 +50,7 @@ def attributes(group, skip=()) -> dict: # small attributes as plain values
             if k not in skip and isinstance(v, (str, int, float, bool, list)) and len(str(v)) < 2000: out[k] = v
     return out
 
-# %% ../../nbs/15_data.hdf5.ipynb #7f80ad83
+# %% ../../nbs/15_data.hdf5.ipynb #a0c024d8
 REFERENCE = {"hopper": (-20.272305, 3234.3), "halfcheetah": (-280.178953, 12135.0)} # random and expert return, Farama-Foundation/D4RL infos.py
 
 def _ends(f, path, max_steps: int): # (ends [E] of the episodes in rows, why [E], rows N)
@@ -67,7 +67,7 @@ def _ends(f, path, max_steps: int): # (ends [E] of the episodes in rows, why [E]
 def read_d4rl(path, max_steps: int=1000, next_observations: bool=True) -> Source: # max_steps: episode length where the file has no timeouts; next_observations=False: do not use them
     with opened(path) as f:
         ends, why, N = _ends(f, path, max_steps)
-        for n in ("observations", "actions", "rewards"):
+        for n in ("observations", "actions", "rewards", *(("next_observations",) if next_observations and "next_observations" in f else ())):
             if (rows := len(inside(f, n, path))) != N: raise DatasetError(f"field {n} has the wrong length", rows, N, "the fields of a D4RL file are equally long", str(path))
         use = next_observations and "next_observations" in f; success = next((n for n in ("infos/goal_achieved", "infos/success") if n in f), None)
         known = {k: field(f, f"metadata/{k}", path, slice(None)) for k in f.get("metadata", ()) if getattr(f[f"metadata/{k}"], "shape", None) == (1,)}
@@ -110,7 +110,7 @@ def read_laom(path, frames: bool=True, size: int|None=None) -> Source: # frames=
 
 LAOM = Format("laom", "LAOM HDF5", read_laom)
 
-# %% ../../nbs/15_data.hdf5.ipynb #5560e96e
+# %% ../../nbs/15_data.hdf5.ipynb #46b237b4
 def _robomimic_keys(demo, keys, camera, where): # (state keys, camera key) of a demonstration
     obs = inside(demo, "obs", where); shapes = {k: getattr(obs[k], "shape", ()) for k in obs}
     vectors, images = [k for k in sorted(shapes) if len(shapes[k]) in (1, 2)], [k for k in sorted(shapes) if len(shapes[k]) == 4]
@@ -127,7 +127,8 @@ def read_robomimic(path, keys=None, camera: str|None=None, size: int|None=None, 
         if filter: wanted = {n.decode() if isinstance(n, bytes) else str(n) for n in field(f, f"mask/{filter}", path)}; names = [n for n in names if n in wanted]
         if not names: raise DatasetError("no demonstrations", got=", ".join(data)[:200], expected="groups data/demo_0, data/demo_1, ...", where=str(path))
         keys, camera = _robomimic_keys(data[names[0]], keys, camera, f"{path}, episode {names[0]}")
-        final = "next_obs" in data[names[0]]
+        final, rewarded = "next_obs" in data[names[0]], any("rewards" in data[n] for n in names)
+        sparse = rewarded and all(np.isin(numbers(field(f, f"data/{n}/rewards", f"{path}, episode {n}"), 1, "rewards", f"{path}, episode {n}"), (0, 1)).all() for n in names)
     with reading(f"{path}, env_args"): env = json.loads(about.pop("env_args", "{}"))
     meta = {"name": f"robomimic/{env.get('env_name', Path(path).stem)}", "metadata": about | {"env": env}, "imported": {"alignment": "same", "state": keys, "camera": camera,
             "final_observation": "from next_obs" if final else "not in the file: the last action of each episode is dropped"}}
@@ -136,9 +137,11 @@ def read_robomimic(path, keys=None, camera: str|None=None, size: int|None=None, 
         with opened(path) as f:
             for n in names:
                 where = f"{path}, episode {n}"; g = inside(f, f"data/{n}", where); take = lambda key: numbers(field(g, key, where), 1, key, where)
-                obs = inside(g, "obs", where); seen = state(obs, where); reward = take("rewards") if "rewards" in g else None
+                obs = inside(g, "obs", where); seen = state(obs, where); reward = take("rewards") if rewarded else None
+                for k in [*keys, *([camera] if camera else [])] if final else ():
+                    if (m := len(inside(g, f"next_obs/{k}", where))) != (n_obs := len(obs[k])): raise DatasetError(f"next_obs/{k} has the wrong length", m, n_obs, where=where)
                 last = state(inside(g, "next_obs", where), where, slice(-1, None)) if final else None
-                yield n, aligned("same", where, **seen, act=numbers(field(g, "actions", where), 2, "actions", where), reward=reward, success=reward > 0 if reward is not None and np.isin(reward, (0, 1)).all() else None, last=last, meta={"demo": n})
+                yield n, aligned("same", where, **seen, act=numbers(field(g, "actions", where), 2, "actions", where), reward=reward, success=reward > 0 if sparse else None, last=last, meta={"demo": n})
     return Source(meta, episodes(), len(names))
 
 ROBOMIMIC = Format("robomimic", "robomimic HDF5", read_robomimic)

@@ -15,7 +15,7 @@ from .formats import Format, Source, aligned, decode_image, flags, need, numbers
 # %% auto #0
 __all__ = ['LEROBOT', 'FORMATS', 'decode_video', 'read_lerobot', 'write_lerobot']
 
-# %% ../../nbs/19_data.lerobot.ipynb #2a4a7d20
+# %% ../../nbs/19_data.lerobot.ipynb #3be8c158
 def _inside(root: Path, template: str, where, **values) -> Path: # a file of the dataset by its template
     with reading(where): name = str(template).format(**values)
     if Path(name).is_absolute() or ".." in Path(name).parts: raise DatasetError("path leaves the dataset", got=name, where=str(where))
@@ -46,8 +46,10 @@ def _rows_v3(root: Path, info: dict, videos) -> list[dict]:
         for r in _table(f, need_columns).to_pylist():
             with reading(f):
                 at = lambda p: {"chunk_index": int(r[f"{p}/chunk_index"]), "file_index": int(r[f"{p}/file_index"])}
+                start = {k: float(r[f"videos/{k}/from_timestamp"]) for k in videos}
+                if not all(0 <= s < 1e9 for s in start.values()): raise DatasetError("from_timestamp is impossible", start, where=f"{f}, episode {r['episode_index']}")
                 out.append({"index": int(r["episode_index"]), "length": int(r["length"]), "task": "; ".join(map(str, r["tasks"] or ())) or None, "data": _inside(root, info["data_path"], f, **at("data")),
-                    "videos": {k: (_inside(root, info["video_path"], f, video_key=k, **at(f"videos/{k}")), float(r[f"videos/{k}/from_timestamp"])) for k in videos}})
+                    "videos": {k: (_inside(root, info["video_path"], f, video_key=k, **at(f"videos/{k}")), start[k]) for k in videos}})
     return sorted(out, key=lambda r: r["index"])
 
 # %% ../../nbs/19_data.lerobot.ipynb #7a519013

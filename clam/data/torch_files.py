@@ -11,9 +11,9 @@ from ..core import DatasetError
 from .formats import Format, Source, aligned, numbers, pictures, reading
 
 # %% auto #0
-__all__ = ['TDMPC2', 'FORMATS', 'load_tensors', 'read_tdmpc2']
+__all__ = ['KEYS', 'TDMPC2', 'FORMATS', 'load_tensors', 'read_tdmpc2']
 
-# %% ../../nbs/16_data.torch_files.ipynb #c9619caa
+# %% ../../nbs/16_data.torch_files.ipynb #34fa6b1c
 class _Dict:
     "Stands in for a TensorDict while a file is read: keeps what it is given."
     def __setstate__(self, state): self.__dict__.update(state if isinstance(state, dict) else {})
@@ -21,6 +21,7 @@ class _Dict:
 def _make(kind, state): # tensordict's own way to rebuild one
     d = _Dict(); d.__setstate__(state); return d
 
+KEYS = ("obs", "image", "action", "reward", "task", "episode")
 _NAMES = ("tensordict._td.TensorDict", "tensordict.tensordict.TensorDict")
 
 def _plain(d, where): # a dict or stand-in -> {name: array}
@@ -28,6 +29,7 @@ def _plain(d, where): # a dict or stand-in -> {name: array}
     if not isinstance(d, dict): raise DatasetError("file holds no dictionary of tensors", got=type(d).__name__, where=str(where))
     out = {}
     for k, v in d.items():
+        if k in KEYS and not hasattr(v, "detach"): raise DatasetError(f"field {k} is not a tensor", got=type(v).__name__, where=str(where))
         if hasattr(v, "detach"): out[str(k)] = v.detach().cpu().float().numpy() if v.dtype.is_floating_point else v.detach().cpu().numpy()
     return out
 
@@ -68,7 +70,7 @@ def _unpadded(a, used): # how many leading columns of a [N, A] are ever not zero
     live = np.flatnonzero((np.nan_to_num(a[used], nan=0.) != 0).any(0))
     return int(live[-1])+1 if len(live) else a.shape[1]
 
-# %% ../../nbs/16_data.torch_files.ipynb #bc2cf3ac
+# %% ../../nbs/16_data.torch_files.ipynb #be071ccf
 def _one_task(d, cuts, task, path): # the cuts of one task
     if "task" not in d: return cuts
     numbers_ = numbers(d["task"], 1, "task", path); of = np.array([numbers_[b-1] for _, b in cuts]); found = sorted({int(t) for t in of if np.isfinite(t)})
@@ -78,7 +80,7 @@ def _one_task(d, cuts, task, path): # the cuts of one task
 
 def read_tdmpc2(path, task: int|None=None, odd: str="drop", obs_dim: int|None=None, act_dim: int|None=None, frames: bool=True, size: int|None=None) -> Source: # task: number in a set of many; odd: drop or keep episodes of unusual length; *_dim: leading columns to keep, default all that are ever not zero
     d = load_tensors(path)
-    d = {n: d[n] for n in ("obs", "image", "action", "reward", "task", "episode") if n in d}
+    d = {n: d[n] for n in KEYS if n in d}
     if "obs" in d and d["obs"].dtype == np.uint8: d["image"] = d.pop("obs")
     first = d.get("obs", d.get("image"))
     for n in ("action", "reward"):

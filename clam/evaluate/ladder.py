@@ -98,7 +98,7 @@ class Rung:
 
 def _rung(name: str, says: str, episodes, missed=None) -> Rung: return Rung(name, says, [e.succeeded for e in episodes], [e.total_reward for e in episodes], missed)
 
-# %% ../../nbs/66_evaluate.ladder.ipynb #9aed168a
+# %% ../../nbs/66_evaluate.ladder.ipynb #f8c96f19
 STAGES = ("environment", "inverse model", "labels", "decoder", "policy", "nothing")
 
 def _decoder_side(lost, repaired, run, best) -> str|None: # which evidence speaks against the decoder: its repair in closed loop, its misses, or None
@@ -121,9 +121,10 @@ def blame(
     if side is None and (worst := best or run) is not None and worst.mean > MISSED:
         return "inverse model", head+f"latents of true transitions, read by {'a decoder that has seen every label' if best else 'the inverse model itself'}, miss {pc(worst)} of what the actions do"
     if side is None: return "policy", head+("plain cloning has no other stage: demonstrations, size and training are all its own" if run is None else f"the labels of true transitions miss only {pc(run)} of what the actions do"+(f", and a decoder fitted on all labels brings back {repaired}" if repaired else ""))
-    how = f"with a decoder fitted on all labels {repaired} of it comes back" if side == "repair" else f"on true transitions the run's decoder misses {pc(run)} of what the actions do, one fitted on all labels {pc(best)}"
+    rest = f" ({lost.mean-repaired.mean:.2f} stays lost)" if repaired and lost.mean-repaired.mean > TOLERANCE else ""
+    how = f"with a decoder fitted on all labels {repaired} of it comes back{rest}" if side == "repair" else f"on true transitions the run's decoder misses {pc(run)} of what the actions do, one fitted on all labels {pc(best)}"
     if own is not None and own >= .5: return "decoder", head+how+f", and {pc(min(1., own))} of that already with a new decoder on the same labels: the labels suffice, the decoder does not"
-    return "labels", head+how+(f", but only {pc(min(1., max(0., own)))} of that with a new decoder on the same labels: more labels are needed" if own is not None else "")
+    return "labels", head+how+(f", but only {pc(min(1., max(0., own)))} of that with a new decoder on the same labels: more labels are needed, or labels closer to the task" if own is not None else "")
 
 # %% ../../nbs/66_evaluate.ladder.ipynb #9e99901e
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ class LAM(nn.Module):
     def n_latents(self) -> int: return self.fdm.n_latents # K, latents and predictions a window gives
 
     @property
-    def step_std(self): return self.idm.step_std # [S] unit of a change; ones unless `fit_steps` was called; 1 for pictures
+    def step_std(self): return torch.as_tensor(self.idm.step_std) # [S] unit of a change; ones unless `fit_steps` was called; a single 1 for pictures
 
     def fit_steps(self, win): # [B, W, S] windows of the training split
         "With `cfg.step_units`, set each dimension's unit of change to its deviation over one step; dimensions that never move keep 1."

@@ -133,15 +133,15 @@ def _block_in_pot(k, mem) -> float:
 
 TASKS = {"reach-block": _reach_block, "push-button": _push_button, "close-microwave": _close_microwave, "block-in-pot": _block_in_pot, "play": lambda k, mem: 0.}
 
-# %% ../../nbs/73_robot.kitchen.ipynb #30944fac
+# %% ../../nbs/73_robot.kitchen.ipynb #3bd4efdc
 def layout(rng, task: str) -> dict:
     "Where things stand at the start: block (x, y, yaw), pot (x, y), door angle and distractors (x, y), drawn so that nothing overlaps."
     apart = lambda p, others, r: all(np.hypot(*np.subtract(p[:2], o[:2])) >= d+r for o, d in others)
     while True:
         pot, block = rng.uniform((.28, .05), (.32, .09)), (*rng.uniform((.22, -.08), (.30, .02)), rng.uniform(-.3, .3))
-        if apart(block, [(pot, POT_R)], .035): break
+        if apart(block, [(pot, POT_R)], .065): break                       # room for an open finger between them
     door = rng.uniform(.5, 1.2) if task in ("close-microwave", "play") else rng.choice([0., rng.uniform(1., 1.2)]) # else out of the way
-    taken, spots = [(pot, POT_R), (block, .03)], []
+    taken, spots = [(pot, POT_R), (block, .045)], []
     while len(spots) < 3:
         p = rng.uniform((.14, -.25), (.23, .15))
         if apart(p, taken, .03): spots.append(p); taken.append((p, .025))

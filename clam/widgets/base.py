@@ -110,7 +110,7 @@ def table_html(rows: dict, head=()) -> str: # {name: value or [values]} as a sma
     top = "".join(f'<th style="padding:0 8px;text-align:right">{html.escape(h)}</th>' for h in head)
     return f'<table style="font-size:12px;line-height:17px">{f"<tr>{top}</tr>" if head else ""}'+"".join(f'<tr><td style="padding-right:8px">{html.escape(str(k))}</td>{cells(v)}</tr>' for k, v in rows.items())+"</table>"
 
-# %% ../../nbs/82_widgets.base.ipynb #7ff6f405
+# %% ../../nbs/82_widgets.base.ipynb #1a179c6d
 def guarded(method):
     "Decorator for a panel's methods: an error becomes `self.message` (and `self.trouble`); the next call that succeeds clears it."
     @functools.wraps(method)
@@ -160,3 +160,5 @@ def _close_tree(w): # a view with all its parts, layouts and styles
     for part in (getattr(w, "layout", None), getattr(w, "style", None)):
         if isinstance(part, W.Widget): part.close()
     w.close()
+    for esm in (vars(c).get("_esm") for c in type(w).__mro__): # anywidget keeps every figure alive through a signal for hot reloading
+        if hasattr(esm, "changed"): esm.changed.disconnect()

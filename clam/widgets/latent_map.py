@@ -245,7 +245,7 @@ def _ended(self, what: str): # the job's `status` or `text` has changed
 
 LatentMap.fit, LatentMap._fitted, LatentMap._ended = _fit, _fitted, _ended
 
-# %% ../../nbs/84_widgets.latent_map.ipynb #0d91823d
+# %% ../../nbs/84_widgets.latent_map.ipynb #006e239b
 def colouring(v, name: str) -> dict: # marker settings for values [n], numbers or words
     v = np.asarray(v); bar = dict(title=dict(text=name, side="right"), thickness=12, outlinewidth=0, tickvals=None, ticktext=None, tickmode="auto")
     if v.dtype.kind in "fiu": m = _numbers(v); return m | dict(color=v.astype(np.float32), colorscale="Cividis" if m["colorscale"] == "Viridis" else m["colorscale"], colorbar=bar)
@@ -255,16 +255,16 @@ def colouring(v, name: str) -> dict: # marker settings for values [n], numbers o
     scale = [[x/n, c] for i, c in zip(range(n), PALETTE) for x in (i, i+1)]
     return dict(color=rank[code].astype(np.float32), cmin=-.5, cmax=n-.5, colorscale=scale, showscale=True, colorbar=bar | dict(tickvals=list(range(n)), ticktext=ticks, tickmode="array"))
 
-MARKS = {name: dict(symbol=f"{symbol}-open", size=size, color=c, line=dict(width=w)) for name, symbol, size, c, w in (("picked", "circle", 8, INK, 1), ("nearest in z", "diamond", 11, PALETTE[5], 2), ("pinned", "square", 13, PALETTE[2], 3), ("focus", "circle", 17, PALETTE[5], 3))}
+MARKS = {name: dict(symbol=f"{symbol}-open", size=size, color=c, line=dict(width=w)) for name, symbol, size, c, w in (("nearest in z", "diamond", 11, PALETTE[5], 2), ("pinned", "square", 13, PALETTE[2], 3), ("focus", "circle", 17, PALETTE[5], 3))}
 
 def _figure(self) -> go.FigureWidget:
     S, n, ins = (go.Scattergl if len(self.keep) > 3000 else go.Scatter), len(self.keep), self.inspection; xy = self.xy[self.drawn]
-    points = S(x=xy[:, 0], y=xy[:, 1], mode="markers", name="transitions", showlegend=False, customdata=np.c_[ins.episode, ins.t][self.keep].astype(np.int32), marker=dict(size=4 if n > 800 else 6, opacity=.8), unselected=dict(marker=dict(opacity=.3)), selected=dict(marker=dict(opacity=.9)))
+    points = S(x=xy[:, 0], y=xy[:, 1], mode="markers", name="transitions", showlegend=False, customdata=np.c_[ins.episode, ins.t][self.keep].astype(np.int32), marker=dict(size=4 if n > 800 else 6, opacity=.8), unselected=dict(marker=dict(opacity=.15)), selected=dict(marker=dict(opacity=.9)))
     fig = go.FigureWidget(style(go.Figure([points, *(S(x=[], y=[], mode="markers", name=k, marker=m, hoverinfo="skip") for k, m in MARKS.items())]), "", *self.axes[self.drawn], 440))
-    fig._config = {**fig._config, "displaylogo": False}; fig.update_layout(width=620, dragmode="lasso", legend=dict(orientation="h", x=0, y=1.01, yanchor="bottom", font=dict(size=11)), margin=dict(l=56, r=8, t=30, b=44), hovermode="closest")
+    fig._config = {**fig._config, "displaylogo": False}; fig.update_layout(width=620, dragmode="lasso", legend=dict(orientation="h", x=0, y=1.01, yanchor="bottom", font=dict(size=11)), margin=dict(l=56, r=8, t=30, b=44), hovermode="closest", modebar=dict(color=INK))
     self.groups = {k: [] for k in MARKS}
     for i, trace in enumerate(fig.data): trace.on_click(lambda t, p, s, of=list(MARKS)[i-1] if i else "": self.clicked(p.point_inds, of))
-    fig.data[0].on_selection(lambda t, p, s: self.selection.pick(self.keep[list(p.point_inds)])); fig.data[0].on_deselect(lambda t, p: self.selection.pick([]))
+    fig.data[0].on_hover(lambda t, p, s: len(p.point_inds) and self._warm(int(self.keep[p.point_inds[0]]))); fig.data[0].on_selection(lambda t, p, s: self.selection.pick(self.keep[list(p.point_inds)])); fig.data[0].on_deselect(lambda t, p: self.selection.pick([]))
     return fig
 
 def _clicked(self, which, of: str=""): # points of the map, or of the marks called `of`
@@ -272,22 +272,23 @@ def _clicked(self, which, of: str=""): # points of the map, or of the marks call
 
 LatentMap.figure, LatentMap.clicked = _figure, _clicked
 
-# %% ../../nbs/84_widgets.latent_map.ipynb #c1d09c66
+# %% ../../nbs/84_widgets.latent_map.ipynb #3882cdf5
 def _show(self, method: str): # draw another projection, in place
     self.drawn = method; self.trusted = self.trusts.get(method)
     if self._ui is None: return
     xy, (x, y) = self.xy[method], self.axes[method]; fig = self._ui.fig
     with self.lock, fig.batch_update():
-        fig.data[0].x, fig.data[0].y, fig.data[0].selectedpoints = xy[:, 0], xy[:, 1], None
+        fig.data[0].x, fig.data[0].y = xy[:, 0], xy[:, 1]
         fig.layout.xaxis.title.text, fig.layout.yaxis.title.text, fig.layout.xaxis.autorange, fig.layout.yaxis.autorange, fig.layout.selections = x, y, True, True, []
     self.mark(); self._judge(method)
 
-def _mark(self): # rings around focus, neighbours, pins and picked
+def _mark(self): # rings around focus, neighbours and pins; what is picked stays bright
     if self._ui is None: return
     s, fig, top = self.selection, self._ui.fig, len(self.inspection); inside = lambda numbers: [int(n) for n in numbers if 0 <= n < top]
     focus = [] if s.focus is None else [s.focus]; near = self.moment.near if self.moment is not None and self.moment.n == s.focus else []
-    groups = {"picked": inside(s.picked[:5000]), "nearest in z": inside(near), "pinned": inside(s.pins), "focus": inside(focus)}
+    groups, picked = {"nearest in z": inside(near), "pinned": inside(s.pins), "focus": inside(focus)}, np.flatnonzero(np.isin(self.keep, s.picked))
     with self.lock, fig.batch_update():
+        fig.data[0].selectedpoints = picked if len(s.picked) else None
         for trace in fig.data[1:]: self.groups[trace.name] = groups[trace.name]; at = self.spots(groups[trace.name]); trace.x, trace.y = at[:, 0], at[:, 1]
 
 @guarded
@@ -308,7 +309,7 @@ def _coloured(self, name: str, v):
 
 LatentMap.show, LatentMap.mark, LatentMap.paint, LatentMap._coloured = _show, _mark, _paint, _coloured
 
-# %% ../../nbs/84_widgets.latent_map.ipynb #ae484fe8
+# %% ../../nbs/84_widgets.latent_map.ipynb #feeb00f6
 def _build(self):
     if self.keep is None: self.open()
     return W.VBox([self._tree()])
@@ -329,12 +330,12 @@ def _tree(self): # widgets, or a button to try again
     ui.frames = W.HBox([captioned(ui.now, "now, o_t"), captioned(ui.next, "next, o_t+1"), ui.clip], layout=W.Layout(align_items="flex-start", min_height="150px"))
     left = W.VBox([on(W.VBox([ui.fig]), "clam-map"), ui.progress, ui.trust], layout=fixed("630px"))
     right = W.VBox([ui.label, ui.frames, ui.note, W.HBox([ui.back, ui.forth, ui.pin]), ui.actions, ui.near], layout=fixed("430px", overflow="hidden"))
-    self._wire(); self.paint(); self._say(); self.mark(); self._gather(tuple(self.selection.picked)); self._judge(self.drawn); self._warm(); self._look(self.selection.focus); self.fit()
+    self._wire(); self.paint(); self._say(); self.mark(); self._gather(tuple(self.selection.picked)); self._judge(self.drawn); self._warm(0); self._look(self.selection.focus); self.fit()
     return W.VBox([W.HBox([ui.colour, ui.method, ui.busy]), W.HBox([left, right]), W.HBox([ui.picked, ui.film], layout=W.Layout(align_items="flex-start"))])
 
 def _wire(self): # observers, buttons and workers
     ui, s = self._ui, self.selection
-    self._workers = [self._look, self._gather, self._judge, self._warm] = [Latest(f) for f in (self.looked, self.gathered, self.judged, lambda: self.inspection._quietly(self.inspection.frame, 0, 0))]
+    self._workers = [self._look, self._gather, self._judge, self._warm] = [Latest(f) for f in (self.looked, self.gathered, self.judged, lambda n: self.inspection._quietly(self.inspection.frame, *self.inspection.where(n)))]
     for w, name in ((ui.colour, "colour"), (ui.method, "method")): self.watch(w, "value", lambda c, name=name: setattr(self, name, c.new))
     self.watch(self, "method", lambda c: self.method in METHODS and setattr(ui.method, "value", self.method)); self.watch(self, "progress", lambda c: self._say()); self.watch(self.job, ["status", "fraction"], lambda c: self._say())
     self.watch(self.costs, "status", lambda c: setattr(ui.busy, "value", html.escape(sentence(self.costs.error)) if self.costs.status == "failed" else ui.busy.value))

@@ -167,7 +167,7 @@ class Wall(anywidget.AnyWidget):
     _esm, _css = _WALL, _WALL_CSS
     thumbs, chosen, most = List().tag(sync=True), List(Int()).tag(sync=True), Int(TOGETHER).tag(sync=True)
 
-# %% ../../nbs/81_widgets.video.ipynb #03127d6c
+# %% ../../nbs/81_widgets.video.ipynb #0fa8d966
 _PLAYER = """
 function render({ model, el }) {
   const make = (tag, cls, more) => Object.assign(document.createElement(tag), { className: cls, ...more });
@@ -175,7 +175,7 @@ function render({ model, el }) {
   const track = make("div", "clam-player-track"), step = make("input", "clam-player-step", { type: "range", min: 0, step: 1, title: "step" }), notch = make("div", "clam-player-notch");
   const speed = make("select", "clam-player-speed", { title: "speed" }), said = make("span", "clam-player-said"), films = make("div", "clam-films");
   for (const s of [0.25, 0.5, 1, 2]) speed.append(new Option(s + " \\u00D7", s, s === 1, s === 1));
-  track.append(step, notch); bar.append(play, track, said, speed); el.append(bar, films); el.classList.add("clam-player");
+  track.append(step, notch); bar.append(play, track, said, speed); el.append(bar, films); el.classList.add("clam-player"); el.addEventListener("keydown", (e) => e.stopPropagation());   // the notebook would take the arrow keys from the slider
   let vids = [], urls = [], cur = -1, told = 0, frame = 0;
   const last = () => model.get("steps"), fps = () => model.get("fps"), master = () => vids.reduce((a, v) => (!a || v.duration > a.duration ? v : a), null);
   const show = (s) => { cur = s; step.value = s; said.textContent = `step ${s} of ${last()}`; };

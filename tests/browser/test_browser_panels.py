@@ -34,3 +34,23 @@ def test_colours_change(book, toy):
     b = book([MAP]); b.run_all(); b.drawn("clam-map", 200)
     colours = lambda: b.at("clam-map").evaluate("el => String(el.querySelector('.js-plotly-plot')._fullData[0].marker.color)")
     for label in ("step", "neighbours' action disagreement", "kind of episode"): b.changed(colours, lambda: b.choose("clam-map-colour", label), what=f"no other colours for {label}")
+
+FILMS = OPEN+'''
+from clam.widgets.rollouts import Rollouts
+panel = Rollouts(ins); panel'''
+
+def test_a_film_is_scrubbed(book, toy):
+    b = book([FILMS]); b.run_all(); b.at("clam-player-step"); until(lambda: b.all("clam-film-video").count() == 1, 40, "no film appeared")
+    until(lambda: b.all("clam-film-video").first.evaluate("v => v.readyState") >= 2, 20, "the film cannot be played")
+    moment = lambda: b.all("clam-film-video").first.evaluate("v => v.currentTime"); bar = b.at("clam-player-step"); bar.click(position={"x": bar.bounding_box()["width"]/2, "y": 4})
+    until(lambda: 15 < b.ask("panel.step") < 25, 10, "a click on the bar did not arrive"); s = b.ask("panel.step")
+    for _ in range(7): b.page.keyboard.press("ArrowRight")
+    until(lambda: b.ask("panel.step") == s+7, 10, "the kernel was not told of the step"); assert f"step {s+7} " in b.shows("clam-player-said") and abs(moment()-(s+7.5)/20) < .06
+    assert b.ask("ins.where(panel.selection.focus) == (panel.lead, panel.step)"), "the shared selection is where the film is"
+    b.button("clam-player-play"); until(lambda: b.ask("panel.step") > s+9, 20, "the film does not run"); until(lambda: not b.ask("panel.player.playing"), 20, "the film does not stop at its end")
+    b.shot("rollouts")
+
+def test_films_are_chosen_and_ordered(book, toy):
+    b = book([FILMS]); b.run_all(); until(lambda: b.all("clam-thumb").count() >= 4, 40, "no pictures of episodes")
+    first = b.ask("panel.on_page"); b.choose("clam-order", "lowest return first"); until(lambda: b.ask("panel.on_page") != first, 10, "the order did not change")
+    b.all("clam-thumb").nth(2).click(); until(lambda: b.all("clam-film-video").count() == 2, 40, "the second film did not appear"); assert len(b.ask("panel.chosen")) == 2

@@ -1,0 +1,51 @@
+"""How long a person waits, measured in the browser and printed beside the goal; written to .browser/benchmark.json. Nothing is
+asserted about time: machines are shared. What is asserted is that each thing happened."""
+import json, os, statistics, time
+import pytest
+from lab import PICTURES, until
+
+GOALS = {"click to new frames and label": .5, "slider to three new outcomes": .3, "20,000 points drawn with PCA": 5.}
+OPEN = '''from clam.core import data_dir
+from clam.evaluate.inspection import inspect_run
+ins = inspect_run(data_dir("runs", "toy"))'''
+
+@pytest.fixture(scope="module")
+def times():
+    seen = {}
+    yield seen
+    PICTURES.mkdir(exist_ok=True)
+    rows = {k: {"median_s": round(statistics.median(v), 3), "goal_s": GOALS[k], "seconds": [round(x, 3) for x in v]} for k, v in seen.items()}
+    (PICTURES/"benchmark.json").write_text(json.dumps({"processors": os.cpu_count(), "load": os.getloadavg()[0], "rows": rows}, indent=1))
+
+@pytest.fixture
+def record(times, capsys):
+    def write(name, seconds):
+        assert len(seconds) >= 5; times[name] = seconds
+        with capsys.disabled(): print(f"\nnote: {name}: median {statistics.median(seconds):.2f} s of {len(seconds)} (goal {GOALS[name]:g} s; load {os.getloadavg()[0]:.1f} on {os.cpu_count()} processors)")
+    return write
+
+@pytest.mark.slow
+def test_click_to_frames_and_label(book, toy, record):
+    b = book([OPEN+"\nfrom clam.widgets.latent_map import LatentMap\npanel = LatentMap(ins, method='pca'); panel"]); b.run_all(); b.drawn("clam-map", 200); took = []
+    seen = lambda: (b.picture("clam-frame-now"), b.picture("clam-frame-next"), b.shows("clam-focus-label"))
+    for i in b.lonely("clam-map")[:8]:
+        before = seen(); x, y = b.xy("clam-map", i); b.hover(x, y); start = time.perf_counter(); b.press()
+        until(lambda: all(p != q for p, q in zip(seen(), before)), 20, "no new frames and label", .002); took.append(time.perf_counter()-start)
+        b.page.wait_for_timeout(1200)                # until the clip and the neighbours of the last one are done too
+    record("click to new frames and label", took[1:])          # the first one starts the renderer
+
+DRAWN = "() => new Promise(done => { const look = () => { const gd = document.querySelector('.js-plotly-plot:not([data-old])'); gd && gd._fullData && gd._fullData.length && gd._fullData[0].x && gd._fullData[0].x.length == 20000 ? requestAnimationFrame(() => requestAnimationFrame(done)) : setTimeout(look, 10); }; look(); })"
+
+@pytest.mark.slow
+def test_twenty_thousand_points(book, record):
+    b = book(['''from clam.evaluate.inspection import inspect_episodes
+from clam.toy import linear_lam, toy_episodes
+from clam.widgets.latent_map import LatentMap
+ins = inspect_episodes(linear_lam("healthy"), toy_episodes(500, seed=1), H=0, env_name="toy", name="toy")
+ins.z.shape''', "panel = LatentMap(ins, method='pca'); panel"]); b.run_all(); b.drawn("clam-map", 20_000); took = []
+    for _ in range(5):
+        b.page.wait_for_timeout(1500)
+        b.page.evaluate("document.querySelectorAll('.js-plotly-plot').forEach(e => e.setAttribute('data-old', 1))")
+        b.page.locator(".jp-Cell").nth(1).locator(".jp-InputArea-prompt").click(); start = time.perf_counter()
+        b.page.keyboard.press("Control+Enter"); b.page.evaluate(DRAWN); took.append(time.perf_counter()-start)
+    assert b.ask("len(panel.keep)") == 20_000; b.shot("map-20000"); record("20,000 points drawn with PCA", took)
