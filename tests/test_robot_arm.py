@@ -1,13 +1,16 @@
 """The arm without hardware: kinematics and filter under ten thousand hostile actions, the real SDK against the emulated bus under a thousand
-faults, a client that is killed, and the promises of connecting. Real time appears only where the watchdog is meant to be seen."""
-import os, signal, subprocess, sys, textwrap, threading, time
+faults, a client that is killed, the promises of connecting, recordings that survive a crash. Real time appears only where the watchdog is meant to be seen."""
+import asyncio, os, signal, subprocess, sys, textwrap, threading, time
 import numpy as np
 import pytest
 import clam.robot.safety as safety
 from clam.core import RobotError
-from clam.robot.base import BOXES, JOINTS, LIMITS_RAD, POSES, ArmBackend, FreePlant, arm_names, make_arm
+from clam.data.store import check_store
+from clam.robot.base import BOXES, LIMITS_RAD, POSES, ArmBackend, FreePlant, arm_names, make_arm
 from clam.robot.dynamixel import BusError, DynamixelArm, check_arm
 from clam.robot.kinematics import FreeArm, forward, forward_chain, inverse, singularity
+from clam.robot.recorder import RobotRecorder, replay
+from clam.robot.runner import PolicyRunner, is_lockstep
 from clam.robot.safety import Lease, SafeArm, SafetyConfig, hostile_actions, violations
 from clam.robot.servos import ARM_SERVOS, FAULTS, JOINT_IDS, REBOOT, REG_WRITE, SYNC_WRITE, WRITE, DxlBus, ServoBus, radians
 
@@ -58,8 +61,8 @@ def drive(safe, n, seed, space, sent_by=None): # commands that broke a limit, ki
 
 
 @pytest.mark.slow
-def test_ten_thousand_hostile_actions_break_no_limit():
-    for space, n, seed in (("ee_delta", 6000, 11), ("joint_abs", 4000, 12)):
+def test_hostile_actions_break_no_limit_in_either_space():
+    for space, n, seed in (("ee_delta", 3000, 11), ("joint_abs", 3000, 12)):
         broken, kinds, moved = drive(SafeArm(FreeArm(POSES["neutral"], dt_s=.05), SafetyConfig(space=space)), n, seed, space)
         assert not broken, broken[:3]
         assert {"finite", "shape", "box"} <= set(kinds) and moved.std(0).min() > .03              # it was really pushed around
@@ -166,16 +169,16 @@ def expect_hold_error_recovery(bus, arm, q_goal, match, undo):
         for _ in range(12): arm.read(); arm.command(q_goal, 1., 2.)
     assert e.value.where and e.value.fix
     with pytest.raises(RobotError): arm.command(q_goal, 1., 2.)                                # refused until somebody asks for recovery
-    bus.advance(.7); q = bus.plant.q_rad.copy(); bus.advance(.3)
-    assert np.abs(bus.plant.q_rad-q)[[0, 3, 5]].max() < 2e-3 and (bus.servos[4].get("hardware_error") or np.abs(bus.plant.q_rad-q).max() < 2e-3)     # at rest (a limp elbow may sag)
+    bus.advance(.7); q = bus.plant.q_rad.copy(); bus.advance(.3); rests = [i for i, id in enumerate(JOINT_IDS) if bus.servos[id].torque]        # the others are limp and may sag
+    assert len(rests) >= 5 and np.abs(bus.plant.q_rad-q)[rests].max() < 2e-3
     undo()
     assert arm.read().health.ok
 
 
 @pytest.mark.slow
 def test_a_thousand_faults_hold_with_a_name_and_recover():
-    rng = np.random.default_rng(7); bus, arm = emulated(dt_s=.05, rate_hz=10., timeout_s=.006); arm.connect(); counts = {}
-    def persist(f): # a busy machine may add a real timeout of its own to a six millisecond limit
+    rng = np.random.default_rng(7); bus, arm = emulated(dt_s=.05, rate_hz=10., timeout_s=.005); arm.connect(); counts = {}
+    def persist(f): # a busy machine may add a real timeout of its own to a five millisecond limit
         for k in range(20):
             try: return f()
             except RobotError:
@@ -184,7 +187,7 @@ def test_a_thousand_faults_hold_with_a_name_and_recover():
         kind = (*FAULTS, "silent", "alert", "unplug")[k % 7]; counts[kind] = counts.get(kind, 0)+1
         q = POSES["neutral"]+rng.uniform(-.2, .2, 6); persist(lambda: (arm.recover() if arm.fault else None, arm.command(q, 1., 2.))); bus.advance(.1)
         if kind in FAULTS:
-            bus.faults.delay_s = .012; bus.faults.plan(kind, 60)
+            bus.faults.delay_s = .011; bus.faults.plan(kind, 60)
             expect_hold_error_recovery(bus, arm, q, "lost contact", lambda: (bus.faults.clear(), persist(arm.recover)))
         elif kind == "silent":
             bus.faults.silent = {int(rng.integers(1, 10))}; expect_hold_error_recovery(bus, arm, q, "lost contact", lambda: (bus.faults.clear(), persist(arm.recover)))
@@ -266,3 +269,71 @@ def test_health_stops_are_named():
         assert sent.hold and sent.kinds == ("health",)
         with pytest.raises(RobotError, match=says): arm.command(POSES["neutral"], 1.)
         bus.stop()
+
+
+# ---------------------------------------------------------------- recorder and runner
+RECORDING = """
+import sys, time
+import numpy as np
+from clam.robot.base import POSES
+from clam.robot.kinematics import FreeArm
+from clam.robot.recorder import RobotRecorder
+from clam.robot.safety import SafeArm
+safe = SafeArm(FreeArm(POSES["neutral"], frame_px=8)); rec = RobotRecorder(safe, sys.argv[1])
+for k in range(2):
+    rec.begin(seed=k); [safe.step([.01, 0, 0, 0, 0, 0, 1]) for _ in range(4)]; rec.end(); rec.accept(1.)
+rec.begin(seed=2); print("running", flush=True)
+while True: safe.step([0, .001, 0, 0, 0, 0, 1]); time.sleep(.01)
+"""
+
+
+def test_a_killed_recorder_loses_only_the_running_episode(tmp_path):
+    p = subprocess.Popen([sys.executable, "-c", RECORDING, str(tmp_path/"session")], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    assert p.stdout.readline().strip() == "running"; time.sleep(.3); os.kill(p.pid, signal.SIGKILL); p.wait(10); p.stdout.close()
+    safe = SafeArm(FreeArm(POSES["neutral"], frame_px=8)); rec = RobotRecorder(safe, tmp_path/"session"); assert len(rec) == 2
+    steps = [l["episode"] for l in rec.journal.lines()]; assert steps[:8] == [0]*4+[1]*4 and set(steps[8:]) <= {2}
+    rec.begin(seed=2); [safe.step([.01, 0, 0, 0, 0, 0, 1]) for _ in range(4)]; rec.end(); rec.accept(.5)
+    store = rec.finish(tmp_path/"out"); rec.close()
+    assert check_store(tmp_path/"out") == [] and [e.meta["score"] for e in store] == [1., 1., .5] and [e.meta["seed"] for e in store] == [0, 1, 2]
+
+
+def test_a_recording_is_replayed_through_real_packets(tmp_path):
+    safe = SafeArm(FreeArm(POSES["neutral"], dt_s=.005)); rng = np.random.default_rng(2)
+    with RobotRecorder(safe, tmp_path/"s") as rec:
+        rec.begin(); way = rng.normal(0, .02, (4, 3)); [safe.step(np.r_[way[k//6], 0, 0, 0, k % 12 < 6]) for k in range(24)]; ep = rec.end(); rec.discard()
+    bus, arm = emulated(POSES["sleep"], torque=False, dt_s=.005, timeout_s=.5)
+    with SafeArm(arm) as other: out = replay(other, ep)
+    bus.stop(); assert np.abs(out["error_rad"]).max() < .03 and np.ptp(ep.obs[:, :6], axis=0).max() > .1
+
+
+def test_stop_is_handled_while_a_policy_runs_in_real_time():
+    with DxlBus(FreePlant(POSES["neutral"]), torque=True) as bus:
+        with SafeArm(DynamixelArm(bus.port, timeout_s=.5)) as safe:
+            runner = PolicyRunner(safe, lambda s, f, t: np.r_[.2*(-1)**(t//8), 0, 0, 0, 0, 0, 1.], period_s=.1)
+            async def cell():
+                task = asyncio.ensure_future(runner.steps(10_000))
+                while len(runner.ticks) < 6: await asyncio.sleep(.02)
+                runner.stop(); return await asyncio.wait_for(task, 30)             # the button
+            ticks = asyncio.run(cell())
+            assert 6 <= len(ticks) < 100 and not is_lockstep(safe.arm) and safe.stopped
+            assert safe.step([0]*7).kinds == ("stop",) and runner.timing()["ticks"] == len(runner.ticks)
+            async def cancelled(): # an interrupted cell
+                safe.resume(); task = asyncio.ensure_future(runner.steps(10_000)); await asyncio.sleep(.3); task.cancel()
+                with pytest.raises(asyncio.CancelledError): await task
+            asyncio.run(cancelled()); assert safe.last is None
+            time.sleep(1.); assert np.abs(bus.plant.qd_rad_s).max() < 1e-2
+
+
+def test_noise_on_the_line_moves_nothing_and_kills_nobody():
+    rng = np.random.default_rng(4); bus = ServoBus(FreePlant(POSES["neutral"]), realtime=False, torque=True)
+    for _ in range(3000): # packets with a right checksum and nonsense inside
+        inst = int(rng.choice([1, 2, 4, 5, 6, 0x10, 0x82, 0x8A, 0x92, 0x93, 0x9A, 0, 0x55, 255])); bus.answer(int(rng.integers(256)), inst, rng.integers(0, 256, int(rng.integers(0, 30))).astype(np.uint8).tobytes())
+    before = bus.plant.q_rad.copy(); bus.faults.clear(); bus.advance(.5); assert np.abs(bus.plant.q_rad-before).max() < 2e-3
+    for _ in range(3000): # writes of anything anywhere: whatever a servo accepts lies within its limits
+        bus.answer(int(rng.integers(1, 10)), WRITE, bytes([int(rng.integers(0, 147)), 0])+rng.integers(0, 256, int(rng.integers(0, 9))).astype(np.uint8).tobytes())
+    for s in bus.servos.values():
+        assert not s.torque or s.get("min_position") <= s.get("goal_position") <= s.get("max_position") or s.get("operating_mode") != 3
+        assert abs(s.get("goal_pwm")) <= 885 and s.get("model_number") in (1020, 1060)
+    with DxlBus(FreePlant()) as bus:
+        fd = os.open(bus.port, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK); os.write(fd, rng.integers(0, 256, 2000).astype(np.uint8).tobytes()); os.close(fd)
+        assert check_arm(bus.port, timeout_s=.5)["ok"]

@@ -92,6 +92,18 @@ def test_only_the_last_of_many_clicks_is_shown(make):
     ui = settled(m); assert m.moment.n == 290 and "episode 7, step 10 of" in ui.label.value and ui.near.value.count("<img") == 5
 
 
+def test_what_comes_too_late_is_not_shown(make, monkeypatch):
+    m = make(); ui = settled(m); ins, labels, clips = m.inspection, [], []; ui.label.observe(lambda c: labels.append(c.new), "value"); ui.clip.observe(lambda c: clips.append(c.new), "value")
+    pair, film = type(ins).pair, lm.mp4_bytes
+    def moved_on(self, n): # while the frames of 5 are made, somebody clicks on 9
+        if n == 5: m.selection.focus = 9
+        return pair(self, n)
+    monkeypatch.setattr(type(ins), "pair", moved_on); m.selection.focus = 5; settled(m); assert len(labels) == 1 and "step 9" in labels[0] and m.moment.n == 9
+    def too_late(frames): m.selection.focus = 20; monkeypatch.setattr(lm, "mp4_bytes", film); return b"too late" # and while the clip of 12 is made, on 20
+    clips.clear(); monkeypatch.setattr(lm, "mp4_bytes", too_late); m.selection.focus = 12; settled(m)
+    assert m.moment.n == 20 and len([c for c in clips if "video/mp4" in c]) == 1 and lm.base64.b64encode(b"too late").decode() not in "".join(clips)
+
+
 def test_one_selection_moves_two_maps(make):
     s = Selection(); a, b = make(selection=s), make(selection=s); a.clicked([7]); settled(a), settled(b)
     assert a._ui.label.value == b._ui.label.value and b.selection.focus == 7
@@ -295,5 +307,33 @@ def test_closing_ends_a_fit_under_way(make, monkeypatch):
         try:
             while True: tick(.1, "neighbours"); time.sleep(.01)
         finally: ended.set()
-    monkeypatch.setattr(lm, "umap_map", forever); m = make(method="umap"); m.close(); assert ended.wait(10) and m._view is None
+    monkeypatch.setattr(lm, "umap_map", forever); m = make(method="umap"); m.close(); assert ended.wait(10) and m._view is None and m.job.status == "cancelled"
     m.view(); assert m._view is not None and len(m._ui.fig.data[0].x) == N; m.close()                     # and it can be shown again
+
+
+# ---------------------------------------------------------------- one simulator for all who ask
+class Slow: # an environment that takes its time to start
+    made, closed, threads = 0, 0, set()
+    def __init__(self): Slow.made += 1; time.sleep(.3); Slow.threads.add(threading.get_ident())
+    def render(self): Slow.threads.add(threading.get_ident()); return np.zeros((8, 8, 3), np.uint8)
+    def close(self): Slow.closed += 1; Slow.threads.add(threading.get_ident())
+
+
+def test_many_who_ask_at_once_get_one_simulator_in_one_thread(monkeypatch):
+    from clam.evaluate import inspection as module
+    Slow.made = Slow.closed = 0; Slow.threads = set(); monkeypatch.setattr(module, "make_env", lambda *a, **kw: Slow()); monkeypatch.setattr(module.Inspection, "_restore", lambda self, e, t: self._world())
+    class Late(module.ThreadPoolExecutor):
+        def __init__(self, *a, **kw): time.sleep(.05); super().__init__(*a, **kw)
+    monkeypatch.setattr(module, "ThreadPoolExecutor", Late); ins, start = opened(), threading.Barrier(8); got = []
+    def ask(): start.wait(); got.append(ins.frame(0, 0))
+    threads = [threading.Thread(target=ask) for _ in range(8)]; [t.start() for t in threads]; [t.join(60) for t in threads]
+    assert len(got) == 8 and Slow.made == 1 and len(Slow.threads) == 1
+    ins.close(); ins.close(); assert Slow.closed == 1 and ins._env is None and len(Slow.threads) == 1
+
+
+def test_closing_while_the_simulator_starts_leaves_none_behind(monkeypatch):
+    from clam.evaluate import inspection as module
+    Slow.made = Slow.closed = 0; monkeypatch.setattr(module, "make_env", lambda *a, **kw: Slow()); monkeypatch.setattr(module.Inspection, "_restore", lambda self, e, t: self._world())
+    ins = opened(); ins.warm()
+    while not Slow.made: time.sleep(.01)
+    ins.close(); assert Slow.made == Slow.closed == 1 and ins._env is None and ins._sim is None

@@ -52,7 +52,7 @@ def _rows_v3(root: Path, info: dict, videos) -> list[dict]:
                     "videos": {k: (_inside(root, info["video_path"], f, video_key=k, **at(f"videos/{k}")), start[k]) for k in videos}})
     return sorted(out, key=lambda r: r["index"])
 
-# %% ../../nbs/19_data.lerobot.ipynb #7a519013
+# %% ../../nbs/19_data.lerobot.ipynb #49c39b2f
 def _column(table, name: str, axes: int, where) -> np.ndarray: # [T] or [T, D] float32
     pa = need("pyarrow")
     if name not in table.column_names: raise DatasetError(f"field {name} is missing", got=", ".join(table.column_names), where=str(where))
@@ -61,7 +61,7 @@ def _column(table, name: str, axes: int, where) -> np.ndarray: # [T] or [T, D] f
         if c.null_count: raise DatasetError(f"field {name} has gaps", got=f"{c.null_count} empty rows", where=str(where))
         if pa.types.is_list(c.type) or pa.types.is_large_list(c.type) or pa.types.is_fixed_size_list(c.type):
             flat = c.flatten(); D = len(flat)//max(1, len(c))
-            if D*len(c) != len(flat) or any(len(r) != D for r in (c if len(c) < 2 else ())) or not pa.types.is_fixed_size_list(c.type) and (np.diff(c.offsets.to_numpy()) != D).any(): raise DatasetError(f"field {name} is ragged", where=str(where))
+            if D*len(c) != len(flat) or not pa.types.is_fixed_size_list(c.type) and (np.diff(c.offsets.to_numpy()) != D).any(): raise DatasetError(f"field {name} is ragged", where=str(where))
             return numbers(flat.to_numpy(zero_copy_only=False).reshape(len(c), D), axes, name, where)
         return numbers(c.to_numpy(zero_copy_only=False), axes, name, where)
 
@@ -137,7 +137,7 @@ def read_lerobot(path, state=None, camera: str|None=None, size: int|None=None) -
             yield str(r["index"]), ep
     return Source(meta, episodes(), len(rows))
 
-# %% ../../nbs/19_data.lerobot.ipynb #98800264
+# %% ../../nbs/19_data.lerobot.ipynb #91e9a68f
 class _Film:
     "MP4 files of at most `most` bytes, cut between episodes; `add` says where an episode lies."
     def __init__(self, root: Path, key: str, fps: int, crf: int, pixels: str, most: int=200 << 20): self.root, self.key, self.fps, self.crf, self.pixels, self.most, self.file, self.c = root, key, fps, crf, pixels, most, -1, None
@@ -162,8 +162,8 @@ def _stats(a: np.ndarray) -> dict: # of the rows of a [N, D]
     a = np.asarray(a, np.float64); a = a[:, None] if a.ndim == 1 else a
     return {"min": a.min(0), "max": a.max(0), "mean": a.mean(0), "std": a.std(0), "count": [len(a)], **{f"q{int(100*q):02d}": np.quantile(a, q, 0) for q in (.01, .1, .5, .9, .99)}}
 
-def _pixels(frames) -> dict: # channel statistics in [0, 1], from at most 500 pictures, in LeRobot's shape [C, 1, 1]
-    f = np.asarray(frames[::max(1, len(frames)//500)]); f = f if f.shape[-1] == 3 else np.repeat(f[..., :1], 3, -1); s = _stats(f.reshape(-1, 3)/255)
+def _pixels(frames) -> dict: # channel statistics in [0, 1], from a few million pixels, in LeRobot's shape [C, 1, 1]
+    few = max(1, min(500, 4_000_000//(frames.shape[1]*frames.shape[2]))); f = np.asarray(frames[::max(1, len(frames)//few)]); f = f if f.shape[-1] == 3 else np.repeat(f[..., :1], 3, -1); s = _stats(f.reshape(-1, 3)/255)
     return {k: np.reshape(v, (-1, 1, 1)) if k != "count" else [len(f)] for k, v in s.items()}
 
 # %% ../../nbs/19_data.lerobot.ipynb #014ef740

@@ -12,8 +12,8 @@ import numpy as np
 from ..core import DatasetError, Episode, Spec, atomic_dir, check_episode, check_manifest, data_dir, digest, file_digest, read_json, to_json, write_json
 
 # %% auto #0
-__all__ = ['FORMAT', 'FIELDS', 'MAKE_AGAIN', 'NpyAppender', 'write_store', 'Episodes', 'EpisodeStore', 'check_store', 'describe',
-           'list_datasets', 'open_dataset']
+__all__ = ['FORMAT', 'FIELDS', 'MAKE_AGAIN', 'GROUP', 'RAW_FRAMES', 'NpyAppender', 'FrameAppender', 'write_store', 'PackedFrames',
+           'Episodes', 'EpisodeStore', 'check_store', 'describe', 'list_datasets', 'open_dataset']
 
 # %% ../../nbs/10_data.store.ipynb #f057e625
 FORMAT = 1  # version of this layout
@@ -40,6 +40,27 @@ class NpyAppender:
     def close(self):
         self.file.seek(0); self._header(); self.file.close()
 
+# %% ../../nbs/10_data.store.ipynb #ee969740
+GROUP = 4               # pictures compressed together
+RAW_FRAMES = 200_000    # so many are kept in a plain file; more are compressed
+
+class FrameAppender:
+    "Write `frames.zst` and `offsets.npy` episode by episode: groups of at most `GROUP` pictures, none across episodes."
+    def __init__(self,
+        folder,            # where to put the two files
+        row_shape: tuple,  # (Hh, Ww, C)
+    ):
+        from zstandard import ZstdCompressor
+        self.row_shape, self.rows, self.at, self.offsets = tuple(row_shape), 0, 0, []
+        self.folder, self.file, self.zstd = Path(folder), open(Path(folder)/"frames.zst", "wb"), ZstdCompressor(level=1, write_checksum=True)
+    def append(self, a: np.ndarray): # a [T+1, Hh, Ww, C]: one episode
+        for i in range(0, len(a), GROUP):
+            data = self.zstd.compress(np.ascontiguousarray(a[i:i+GROUP], np.uint8)); self.file.write(data)
+            self.offsets.append((self.rows+i, self.at)); self.at += len(data)
+        self.rows += len(a)
+    def close(self):
+        self.file.close(); np.save(self.folder/"offsets.npy", np.array([*self.offsets, (self.rows, self.at)], np.int64))
+
 # %% ../../nbs/10_data.store.ipynb #abfdec15
 def _spec(meta: dict, shapes: dict, max_steps: int, where) -> Spec: # the Spec in `meta`, or one derived from the arrays; contradictions raise
     dims = {"obs_dim": shapes.get("obs", (0,))[0], "act_dim": shapes.get("act", (0,))[0]}
@@ -60,13 +81,19 @@ def _sound(ep: Episode, i: int, path, act_limit) -> Episode: # episode `i` as it
         file = next((f"/{n}.npy" for n in FIELDS if e.what.startswith(n+" ")), "")
         raise DatasetError(e.what, e.got, e.expected, e.fix, f"{path}{file}, episode {i}") from None
 
-# %% ../../nbs/10_data.store.ipynb #2a5bb825
+# %% ../../nbs/10_data.store.ipynb #c613f6f6
+def _packed(raw: NpyAppender, folder: Path, lengths) -> FrameAppender: # the pictures written so far, compressed; the writer to go on with
+    raw.close(); a, new, row = np.load(folder/"frames.npy", mmap_mode="r"), FrameAppender(folder, raw.row_shape), 0
+    for n in lengths: new.append(a[row:row+n+1]); row += n+1
+    del a; (folder/"frames.npy").unlink(); return new
+
 def write_store(
     path,                             # folder to create
     episodes: Iterable[Episode],      # consumed one at a time; only one episode is in memory
     meta: dict|None=None,             # JSON-able: name, spec (`Spec` or dict), provenance; counts and fields are filled in here
     overwrite: bool=False,            # replace an existing store, in one rename
     act_limit: float|None=1.0+1e-4,   # largest |action| allowed; None for robot commands in their own units
+    pack: bool|None=None,             # compress pictures; None: when there are more than `RAW_FRAMES`
 ) -> Path:
     "Write a store atomically; a bad episode raises `DatasetError` naming file, episode and index and leaves nothing behind."
     path, files, lengths, notes = Path(path), {}, [], []
@@ -76,13 +103,15 @@ def write_store(
             shapes = {n: getattr(ep, n).shape[1:] for n in FIELDS if getattr(ep, n) is not None}
             if not files:
                 if any(0 in s for s in shapes.values()): raise DatasetError("a field has no dimensions", shapes, "at least one number in each row", where=f"{path}, episode {i}")
-                files = {n: stack.enter_context(contextlib.closing(NpyAppender(tmp/f"{n}.npy", FIELDS[n][0], s))) for n, s in shapes.items()}
+                files = {n: FrameAppender(tmp, s) if n == "frames" and pack else NpyAppender(tmp/f"{n}.npy", FIELDS[n][0], s) for n, s in shapes.items()}
+                stack.callback(lambda: [f.close() for f in files.values()])
             want = {n: f.row_shape for n, f in files.items()}
             if shapes != want: raise DatasetError("fields differ from those of episode 0", shapes, want, "a store has each field for all episodes or for none; write two stores", f"{path}, episode {i}")
+            if pack is None and "frames" in files and files["frames"].rows+len(ep.frames) > RAW_FRAMES: files["frames"], pack = _packed(files["frames"], tmp, lengths), True
             for n, f in files.items(): f.append(getattr(ep, n))
             lengths.append(len(ep)); notes.append(ep.meta or {})
         if not lengths: raise DatasetError("no episodes to write", fix="check the source", where=str(path))
-        meta = {"name": path.name, **(meta or {}), "format": FORMAT, "episodes": len(lengths), "transitions": sum(lengths), "fields": want, "act_limit": act_limit}
+        meta = {"name": path.name, **(meta or {}), "format": FORMAT, "episodes": len(lengths), "transitions": sum(lengths), "fields": want, "act_limit": act_limit, **({"frames_in": "frames.zst"} if "frames" in want and pack else {})}
         meta["spec"] = _spec(meta, want, max(lengths), path)
         np.save(tmp/"episode_ends.npy", np.cumsum(lengths, dtype=np.int64))
         (tmp/"episodes.jsonl").write_text("".join(to_json(n, indent=None)+"\n" for n in notes))
@@ -116,7 +145,59 @@ def _open_notes(path: Path, n: int) -> list[dict]: # the meta of each episode
         except (ValueError, TypeError) as e: raise DatasetError("line is not a JSON object", str(e), fix=MAKE_AGAIN, where=f"{path}, episode {i}") from None
     return out
 
-# %% ../../nbs/10_data.store.ipynb #f820a031
+# %% ../../nbs/10_data.store.ipynb #55e2898b
+class PackedFrames(np.lib.mixins.NDArrayOperatorsMixin):
+    "Compressed pictures `[R, Hh, Ww, C]` of a folder, or some `rows` of them. Indexing by a slice is lazy; anything else decompresses what it needs."
+    dtype, ndim = np.dtype(np.uint8), 4
+    def __init__(self,
+        folder,            # with `frames.zst` and `offsets.npy`
+        row_shape: tuple,  # (Hh, Ww, C)
+        rows=None,         # [R] row numbers; default: all
+    ):
+        self.folder, self.row_shape = Path(folder), tuple(map(int, row_shape)); f = self.folder/"offsets.npy"
+        self.offsets = np.array(_open_npy(f, np.int64, 2))
+        try: self.blob = np.memmap(self.folder/"frames.zst", np.uint8, "r")
+        except (OSError, ValueError) as e: raise DatasetError("not a readable file", str(e), fix=MAKE_AGAIN, where=str(self.folder/"frames.zst")) from None
+        if len(self.offsets) < 2 or self.offsets.shape[1] != 2 or self.offsets[0].any() or (np.diff(self.offsets, axis=0) < 1).any() or self.offsets[-1, 1] != len(self.blob):
+            raise DatasetError("offsets do not fit frames.zst", fix=MAKE_AGAIN, where=str(f))
+        self.rows, self._last = np.arange(self.offsets[-1, 0]) if rows is None else np.asarray(rows), (-1, None)
+    @property
+    def shape(self) -> tuple: return (len(self.rows), *self.row_shape)
+    @property
+    def nbytes(self) -> int: return int(np.prod(self.shape)) # decompressed
+    def __len__(self) -> int: return len(self.rows)
+    def __reduce__(self): return PackedFrames, (self.folder, self.row_shape, self.rows)
+    def at(self, rows) -> PackedFrames: # the view of these of its pictures
+        new = object.__new__(PackedFrames); new.__dict__.update(self.__dict__, rows=self.rows[rows]); return new
+    def _group(self, g: int) -> np.ndarray: # [<= GROUP, Hh, Ww, C]
+        last = self._last
+        if last[0] == g: return last[1]
+        import zstandard
+        (row, start), (stop_row, stop) = self.offsets[g:g+2]; n = int(stop_row-row)
+        try:
+            data = self.blob[start:stop].tobytes()
+            head = zstandard.get_frame_parameters(data)
+            if not head.has_checksum or head.content_size != n*int(np.prod(self.row_shape)): raise zstandard.ZstdError("group has another size")
+            a = np.frombuffer(zstandard.ZstdDecompressor().decompress(data), np.uint8).reshape(n, *self.row_shape)
+        except zstandard.ZstdError as e: raise DatasetError("pictures cannot be decompressed", str(e), fix=MAKE_AGAIN, where=f"{self.folder/'frames.zst'}, rows {row} to {stop_row-1}") from None
+        self._last = (g, a); return a
+    def __getitem__(self, i): # slice -> PackedFrames; number, numbers or mask -> uint8 array
+        if isinstance(i, tuple): return np.asarray(self[i[0]])[(slice(None),)*np.ndim(self.rows[i[0]])+i[1:]] if i and i[0] is not Ellipsis else np.asarray(self)[i]
+        if isinstance(i, slice): return self.at(i)
+        want = np.asarray(self.rows[i]); flat = want.reshape(-1); out = np.empty((len(flat), *self.row_shape), np.uint8)
+        which = np.searchsorted(self.offsets[:, 0], flat, side="right")-1; order = np.argsort(which, kind="stable")
+        for part in np.split(order, np.flatnonzero(np.diff(which[order]))+1):
+            if len(part): g = int(which[part[0]]); out[part] = self._group(g)[flat[part]-self.offsets[g, 0]]
+        return out.reshape(*want.shape, *self.row_shape)
+    def __iter__(self): return (self[i] for i in range(len(self)))
+    def __array__(self, dtype=None, copy=None): a = self[np.arange(len(self))]; return a if dtype is None else a.astype(dtype)
+    def __array_ufunc__(self, ufunc, method, *inputs, **kw): return getattr(ufunc, method)(*(np.asarray(x) if isinstance(x, PackedFrames) else x for x in inputs), **kw)
+    def __getattr__(self, n): # what arrays are often asked, done by one
+        if n not in ("astype", "copy", "max", "mean", "min", "reshape", "std", "sum", "tolist", "transpose"): raise AttributeError(n)
+        return getattr(np.asarray(self), n)
+    def __repr__(self): return f"PackedFrames{list(self.shape)}"
+
+# %% ../../nbs/10_data.store.ipynb #9bdc6526
 @dataclass(frozen=True)
 class _Files:
     "An opened folder: the arrays (memory maps) and the small things beside them."
@@ -153,15 +234,18 @@ def _load(path, resident: bool=False) -> _Files: # open a folder and check every
     if meta["format"] != FORMAT: raise DatasetError("layout of another version", meta["format"], FORMAT, "make the dataset again with this version", str(p/"meta.json"))
     ends = _open_ends(p/"episode_ends.npy")
     if (len(ends), int(ends[-1])) != (E, N): raise DatasetError("lengths disagree with meta.json", f"{len(ends)} episodes, {ends[-1]} transitions", f"{E} and {N}", MAKE_AGAIN, str(p/"episode_ends.npy"))
-    arrays = {n: _open_npy(p/f"{n}.npy", *FIELDS[n][:2], N+FIELDS[n][2]*E) for n in FIELDS if n in want}
+    packed = lambda n: n == "frames" and meta.get("frames_in") == "frames.zst"
+    arrays = {n: PackedFrames(p, want[n]) if packed(n) else _open_npy(p/f"{n}.npy", *FIELDS[n][:2], N+FIELDS[n][2]*E) for n in FIELDS if n in want}
     for n, a in arrays.items():
+        if len(a) != N+FIELDS[n][2]*E: raise DatasetError("wrong number of pictures", len(a), N+E, MAKE_AGAIN, str(p/"offsets.npy"))
         if a.shape[1:] != want[n]: raise DatasetError("row shape disagrees with meta.json", a.shape[1:], want[n], MAKE_AGAIN, str(p/f"{n}.npy"))
     if resident: arrays = {n: np.array(a) for n, a in arrays.items()}
-    for a in arrays.values(): a.flags.writeable = False
+    for a in arrays.values():
+        if isinstance(a, np.ndarray): a.flags.writeable = False
     spec = _spec(meta, want, int(np.diff(ends, prepend=0).max()), p)
     return _Files(p, resident, meta, spec, ends, _open_notes(p/"episodes.jsonl", E), arrays, digest([sums, dataclasses.asdict(dataclasses.replace(spec, name=""))]))
 
-# %% ../../nbs/10_data.store.ipynb #42a63e89
+# %% ../../nbs/10_data.store.ipynb #c7ee7ccd
 def _ranges(starts, counts) -> np.ndarray: # arange(s, s+n) for each pair, concatenated
     return np.repeat(starts-(np.cumsum(counts)-counts), counts)+np.arange(counts.sum())
 
@@ -179,7 +263,7 @@ class _Columns:
     returns = property(lambda self: self._files.returns[self._index])    # [E] sums of rewards; nan without rewards
     succeeded = property(lambda self: self._files.succeeded[self._index])# [E] success at any step; False without a predicate
     obs = property(lambda self: self._column("obs"))                     # [R, S] float32
-    frames = property(lambda self: self._column("frames"))               # [R, Hh, Ww, C] uint8
+    frames = property(lambda self: self._column("frames"))               # [R, Hh, Ww, C] uint8, an array or PackedFrames
     reward = property(lambda self: self._column("reward"))               # [N] float32
     success = property(lambda self: self._column("success"))             # [N] bool
     z = property(lambda self: self._column("z"))                         # [N, Z] float32
@@ -200,7 +284,7 @@ class _Columns:
     def _column(self, n: str) -> np.ndarray|None: # the store's array itself, or a gathered copy (kept) for a part of it
         a = self._files.arrays.get(n)
         if a is None or self._whole: return a
-        if n not in self._flat: self._flat[n] = a[self.store_rows(FIELDS[n][2])]
+        if n not in self._flat: r = self.store_rows(FIELDS[n][2]); self._flat[n] = a.at(r) if isinstance(a, PackedFrames) else a[r]
         return self._flat[n]
     def flat(self) -> tuple: # (obs [R, S], lengths [E], act [N, A] or None when hidden or absent): what training needs
         return self.obs, self.lengths, self.act if self.has_actions else None

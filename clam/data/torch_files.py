@@ -70,7 +70,7 @@ def _unpadded(a, used): # how many leading columns of a [N, A] are ever not zero
     live = np.flatnonzero((np.nan_to_num(a[used], nan=0.) != 0).any(0))
     return int(live[-1])+1 if len(live) else a.shape[1]
 
-# %% ../../nbs/16_data.torch_files.ipynb #be071ccf
+# %% ../../nbs/16_data.torch_files.ipynb #9ee7d4b7
 def _one_task(d, cuts, task, path): # the cuts of one task
     if "task" not in d: return cuts
     numbers_ = numbers(d["task"], 1, "task", path); of = np.array([numbers_[b-1] for _, b in cuts]); found = sorted({int(t) for t in of if np.isfinite(t)})
@@ -78,7 +78,7 @@ def _one_task(d, cuts, task, path): # the cuts of one task
     if task is not None and task not in found: raise DatasetError("no episode of this task", got=task, expected=found[:30], where=str(path))
     return cuts if task is None else [c for c, t in zip(cuts, of) if t == task]
 
-def read_tdmpc2(path, task: int|None=None, odd: str="drop", obs_dim: int|None=None, act_dim: int|None=None, frames: bool=True, size: int|None=None) -> Source: # task: number in a set of many; odd: drop or keep episodes of unusual length; *_dim: leading columns to keep, default all that are ever not zero
+def read_tdmpc2(path, task: int|None=None, odd: str="drop", obs_dim: int|None=None, act_dim: int|None=None, frames: bool=True, size: int|None=None) -> Source: # task: number in a set of many; odd: drop or keep episodes of unusual length; *_dim: leading columns to keep
     d = load_tensors(path)
     d = {n: d[n] for n in KEYS if n in d}
     if "obs" in d and d["obs"].dtype == np.uint8: d["image"] = d.pop("obs")
@@ -91,7 +91,8 @@ def read_tdmpc2(path, task: int|None=None, odd: str="drop", obs_dim: int|None=No
     if not cuts: raise DatasetError("no episodes", got=f"{dropped} dropped", where=str(path))
     used = np.concatenate([np.arange(a, b) for a, b in cuts])
     act = numbers(d["action"], 2, "action", path); A = act_dim or _unpadded(act, used)
-    obs = numbers(d["obs"], 2, "obs", path) if "obs" in d else None; S = obs_dim or (_unpadded(obs, used) if obs is not None else 0)
+    obs = numbers(d["obs"], 2, "obs", path) if "obs" in d else None; many = "task" in d and len(np.unique(d["task"])) > 1
+    S = obs_dim or (0 if obs is None else _unpadded(obs, used) if many else obs.shape[1])
     name = re.search(r"(?:buffer[_-])?(mw[_-])?([a-z-]*[a-z])", Path(path).stem.lower())
     meta = {"name": ("metaworld/" if name.group(1) else "")+name.group(2) if name else Path(path).stem, "imported": {"alignment": "led", "episodes_dropped": dropped, "padded_action_columns": act.shape[1]-A, "padded_state_columns": obs.shape[1]-S if obs is not None else 0}}
     def episodes():

@@ -22,7 +22,7 @@ from ..train.checkpoint import Run
 # %% auto #0
 __all__ = ['KEEP', 'REPLAY_TOL', 'Inspection', 'inspect_episodes', 'inspect_run', 'Outcome']
 
-# %% ../../nbs/67_evaluate.inspection.ipynb #16482ba2
+# %% ../../nbs/67_evaluate.inspection.ipynb #a4890dde
 @dataclass(eq=False)
 class Inspection:
     "A latent action model on whole episodes; transitions are numbered through them."
@@ -38,6 +38,7 @@ class Inspection:
     _env: object = field(default=None, repr=False)
     _sim: ThreadPoolExecutor|None = field(default=None, repr=False)        # the one thread that touches the simulator and its renderer
     _states: OrderedDict = field(default_factory=OrderedDict, repr=False)  # episode -> states of the simulator, the last few
+    _door: object = field(default_factory=threading.Lock, repr=False)      # one at a time makes or ends that thread
 
     def __len__(self) -> int: return len(self.subject.t) # transitions N
     @property
@@ -55,14 +56,18 @@ class Inspection:
     def obs(self) -> np.ndarray: return self._obs(1) # [N, S] raw o_t
     @cached_property
     def next_obs(self) -> np.ndarray: return self._obs(0) # [N, S] raw o_{t+1}
-    def close(self): # give the simulator back
-        if self._env is not None: self._alone(self._env.close); self._env = None
-        if self._sim is not None: self._sim.shutdown(wait=True); self._sim = None
+    def close(self): # give the simulator back, once those who wait for it are served
+        with self._door:
+            if self._sim is not None: self._sim.submit(self._shut).result(); self._sim.shutdown(wait=True); self._sim = None
+    def _shut(self):
+        if self._env is not None: self._env.close(); self._env = None
         self._states.clear()
     def _alone(self, fn, *args): # call in the simulator's own thread: a graphics context belongs to the thread that made it
         if threading.current_thread().name.startswith("clam-simulator"): return fn(*args)
-        if self._sim is None: self._sim = ThreadPoolExecutor(1, "clam-simulator")
-        return self._sim.submit(fn, *args).result()
+        with self._door:
+            if self._sim is None: self._sim = ThreadPoolExecutor(1, "clam-simulator")
+            work = self._sim.submit(fn, *args)
+        return work.result()
 
 # %% ../../nbs/67_evaluate.inspection.ipynb #f4c0230c
 def inspect_episodes(model, episodes, labels=(), decode=None, normaliser: Normaliser|None=None, env_name: str|None=None, agent=None, unit=None, name: str="model", identity: str="", H: int|None=None, render_size: int=128) -> Inspection:

@@ -19,7 +19,7 @@ from .servos import AMPERE, ARM_SERVOS, EEPROM, HW_ERRORS, JOINT_IDS, MODELS, SI
 __all__ = ['COMPATIBLE', 'SERIOUS', 'TEMPERATURE_C', 'VOLTAGE_V', 'CURRENT_A', 'CURRENT_S', 'FIRMWARE', 'ARM', 'BusError', 'Line',
            'field', 'check_arm', 'DynamixelArm']
 
-# %% ../../nbs/76_robot.dynamixel.ipynb #f6ef06bf
+# %% ../../nbs/76_robot.dynamixel.ipynb #f8761d2e
 class BusError(RobotError): "One exchange on the servo bus failed."
 
 @functools.cache
@@ -34,7 +34,7 @@ def _sdk(): # (SDK module, our port handler class, exceptions that mean the port
             left = (self.packet_timeout-self.getTimeSinceStart())/1000
             if not self.ser.in_waiting and left > 0: select.select([self.ser.fileno()], [], [], left)
             return self.ser.read(length)
-        def drain(self, quiet_s: float=.004, at_most_s: float=.1):
+        def drain(self, quiet_s: float=.003, at_most_s: float=.1):
             end = time.monotonic()+at_most_s
             while time.monotonic() < end and select.select([self.ser.fileno()], [], [], quiet_s)[0]:
                 if not self.ser.read(4096): break
@@ -109,7 +109,7 @@ class Line(_Line):
 def field(block: bytes, base: int, name: str) -> int: # one item of a block that was read from address `base`
     t = TABLE[name]; return to_int(block[t.address-base:t.address-base+t.size], t.signed)
 
-# %% ../../nbs/76_robot.dynamixel.ipynb #0d3f00b5
+# %% ../../nbs/76_robot.dynamixel.ipynb #2546489b
 COMPATIBLE = {1070: "XC430-W150", 1080: "XC430-W240"}      # seen in place of the expected model on some kits; same table
 SERIOUS = ("drive_mode", "operating_mode", "secondary_id")   # a wrong value turns, frees or doubles a joint
 TEMPERATURE_C, VOLTAGE_V, CURRENT_A, CURRENT_S, FIRMWARE = 65, 10.5, 1.2, .5, 42
@@ -123,7 +123,10 @@ def _look(line: Line, m: Mount) -> dict: # one servo, read only
         "position_rad": radians(get("present_position")), "moving": bool(get("moving")), "voltage_v": get("voltage")/10, "temperature_c": get("temperature"), "low": get("min_position"), "high": get("max_position"), "ram": ram}
     if model != m.model: (row["notes"] if model in COMPATIBLE else row["problems"]).append(f"{name}: {row['model']} where {MODELS[m.model]} was expected")
     for n, want in m.eeprom.items():
-        if (got := get(n)) != want: (row["problems"] if n in SERIOUS else row["notes"]).append(f"{name}: {n} is {got}, expected {want}")
+        got = get(n)
+        if n == "secondary_id" and got > 252: got = 255                                # all of them mean none
+        if n == "drive_mode" and m.mode == 16: got &= ~4                               # a profile means nothing in PWM mode
+        if got != want: (row["problems"] if n in SERIOUS else row["notes"]).append(f"{name}: {n} is {got}, expected {want}")
     if row["firmware"] < FIRMWARE: say(f"{name}: firmware {row['firmware']} has no time-based profile, {FIRMWARE} has")
     row["problems"] += _alarms(m, ram)
     if err & 128 and not row["hardware_error"]: say(f"{name}: alert without a reason")
@@ -223,7 +226,7 @@ class _Connection(BaseArm):
             with contextlib.suppress(RobotError): self._do(quiet)
         self._stop_worker(); self.line.close()
 
-# %% ../../nbs/76_robot.dynamixel.ipynb #b0dea41d
+# %% ../../nbs/76_robot.dynamixel.ipynb #0d092814
 class _Ticking(_Connection):
     PWM, GAIN, SLACK_M = 250, 300., .0006      # Interbotix' default pressure; BridgeData's gain per metre; near enough
     def _tick(self):
@@ -258,11 +261,11 @@ class _Ticking(_Connection):
             self.failures += 1
             if self.failures >= 3 or self.line.handler is None: self._lose(e)
     def _lose(self, e: RobotError):
-        self.fault = RobotError("lost contact with the servos", got=f"{self.failures} failed reads in a row, the last: {e.what} ({e.where})", fix=f"the arm holds (the servos' watchdog stops it after {self.watchdog*.02:g} s); look at power and cables, then recover()", where=self.line.port)
+        self.fault = RobotError("lost contact with the servos", got=f"{max(self.failures, self.line.tries)} failed exchanges in a row, the last: {e.what} ({e.where})", fix=f"the arm holds (the servos' watchdog stops it after {self.watchdog*.02:g} s); look at power and cables, then recover()", where=self.line.port)
         with contextlib.suppress(RobotError):
             if self.state is not None: self._write_goals(self.state.q_rad, .1)
 
-# %% ../../nbs/76_robot.dynamixel.ipynb #2e203505
+# %% ../../nbs/76_robot.dynamixel.ipynb #65009b59
 class _Moving(_Ticking):
     def _write_goals(self, q, duration_s: float):
         total, ramp = int(np.clip(duration_s*PROFILE_TIME*1000, 20, 32767)), int(np.clip(duration_s*PROFILE_RAMP*1000, 5, 16000)); rows = {}
@@ -289,17 +292,19 @@ class _Moving(_Ticking):
     def command(self, q_target_rad, gripper: float, duration_s: float=.2):
         q, g = check_target(q_target_rad, gripper, self.name); self._ready()
         if not self.state.health.ok: raise RobotError("the arm is not healthy", got=str(self.state.health), fix="see each joint's advice", where=self.line.port)
-        self.grip_m = gripper_half_m(g); self._do(lambda: self._write_goals(q, duration_s))
+        self.grip_m = gripper_half_m(g); self._surely(lambda: self._write_goals(q, duration_s)); self._ready()
+    def _surely(self, call: Callable): # in the bus thread; lost packets are asked for again, and when that fails the arm is lost
+        def tries():
+            try:
+                with self.line.patient(): call()
+            except BusError as e: self._lose(e)
+        self._do(tries)
     def hold(self):
         "Stop here, keep torque. After a fault this tries once more and says so when nobody answers."
         if self.line.handler is None and self.fault is None: return
-        try: self._do(self._hold)
-        except BusError as e: raise RobotError("could not tell the arm to hold", got=f"{e.what} ({e.where})", fix=f"the servos' watchdog stops it after {self.watchdog*.02:g} s; the power switch stops it now", where=self.line.port) from None
-    def _hold(self):
-        for k in range(3):
-            try: return self._goals_here()
-            except BusError:
-                if k == 2 or self.line.handler is None: raise
+        before, self.fault = self.fault, None; self._surely(self._goals_here)
+        if self.fault is None: self.fault = before
+        else: raise RobotError("could not tell the arm to hold", got=self.fault.got, fix=f"the servos' watchdog stops it after {self.watchdog*.02:g} s; the power switch stops it now", where=self.line.port)
     def wait(self, seconds: float):
         if self.clock is None: return time.sleep(max(0., seconds))
         end = self.clock.now()+seconds-1e-9

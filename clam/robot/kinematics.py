@@ -167,10 +167,10 @@ def reachable_share(box: Box=BOXES["eval"], R=DOWN, n=(8, 8, 6), restarts: int=2
                 if r.ok: seed = r.q_rad
     return out
 
-# %% ../../nbs/71_robot.kinematics.ipynb #323cc61d
+# %% ../../nbs/71_robot.kinematics.ipynb #14f986de
 class FreeArm(BaseArm):
     "Lock-step arm on a `FreePlant`, with the servos' time-based profile. `fail_after` makes reads fail, for tests of those who read."
-    name = "free"
+    name, lockstep = "free", True
     def __init__(self, q_rad=POSES["sleep"], dt_s: float=.01, frame_px: int=0, fail_after: int|None=None):
         self.plant, self.dt_s, self.frame_px, self.fail_after = FreePlant(q_rad), dt_s, frame_px, fail_after
         self.t, self.reads, self.motion, self.t0 = 0., 0, Trapezoid(self.plant.q_rad, self.plant.q_rad, 1., 0.), 0.

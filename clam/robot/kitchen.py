@@ -15,7 +15,7 @@ from .base import GRIPPER_HALF_M, JOINTS, LIMITS_RAD, POSES, Plant
 __all__ = ['LINKS', 'POT_R', 'POT_H', 'BLOCK_M', 'TRAVEL_M', 'BUTTONS', 'HINGE', 'DOOR_M', 'CAMERAS', 'TASKS', 'DISTRACTORS',
            'kitchen_xml', 'layout', 'Kitchen']
 
-# %% ../../nbs/73_robot.kitchen.ipynb #8ec2afd2
+# %% ../../nbs/73_robot.kitchen.ipynb #90cdac26
 LINKS = (  # body, its joint, axis, origin from the parent in m, mass in kg, centre of mass, largest torque in N m
     ("shoulder", "waist", "0 0 1", (0, 0, .072), .480879, "0 0 .02", 10),
     ("upper_arm", "shoulder", "0 1 0", (0, 0, .03865), .430811, ".025 0 .15", 20),
@@ -40,9 +40,9 @@ def _arm_xml() -> str: # the chain, innermost body first
         return (f'<body name="{name}_finger" pos=".066 0 0" gravcomp="1"><joint name="{name}_finger" class="finger" axis="0 {s} 0"/>'
             f'<geom type="box" size=".014 .004 .008" pos="-.002 {s*.004} 0" mass=".006" {_GREY}/><geom name="{name}_pad" class="pad" pos=".0276 0 0"/></body>')
     xml = finger("left", 1)+finger("right", -1)+'<site name="ee" pos=".093575 0 0" size=".004" rgba="1 0 0 0"/>'
-    for (body, joint, axis, pos, mass, com, _), (lo, hi) in reversed(list(zip(LINKS, LIMITS_RAD))):
+    for (body, joint, axis, pos, mass, com, torque), (lo, hi) in reversed(list(zip(LINKS, LIMITS_RAD))):
         xml = (f'<body name="{body}" pos="{pos[0]} {pos[1]} {pos[2]}" gravcomp="1"><inertial mass="{mass}" pos="{com}" diaginertia="{mass*.002:.6f} {mass*.002:.6f} {mass*.002:.6f}"/>'
-            f'<joint name="{joint}" class="servo" axis="{axis}" range="{lo} {hi}"/>{_SHAPES[body]}{xml}</body>')
+            f'<joint name="{joint}" class="servo" axis="{axis}" range="{lo} {hi}" armature="{.1 if torque > 5 else .02}"/>{_SHAPES[body]}{xml}</body>')
     return f'<body name="base" childclass="arm">{_SHAPES["base"]}{xml}</body>'
 
 # %% ../../nbs/73_robot.kitchen.ipynb #34f75854

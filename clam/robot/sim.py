@@ -16,8 +16,8 @@ from .safety import SafetyConfig, SafetyFilter
 
 # %% auto #0
 __all__ = ['ARM', 'SLICES', 'OBS_DIM', 'ACT_DIM', 'PERIOD_S', 'SCALE', 'FAMILY', 'OPEN', 'CLOSED', 'TRAVEL_Z', 'SCRIPTS', 'LOW',
-           'HIGH', 'COLLECT_SEEDS', 'RECIPES', 'SimArm', 'SimCamera', 'observe', 'WidowXEnv', 'View', 'Scripted',
-           'expert', 'wobble', 'player', 'record', 'KitchenMix']
+           'HIGH', 'STEADY_GRIP', 'COLLECT_SEEDS', 'RECIPES', 'SimArm', 'SimCamera', 'observe', 'WidowXEnv', 'View',
+           'Scripted', 'expert', 'wobble', 'player', 'record', 'KitchenMix']
 
 # %% ../../nbs/74_robot.sim.ipynb #7b058f30
 class SimArm(BaseArm):
@@ -93,20 +93,20 @@ class SimCamera:
     def grab(self) -> tuple[np.ndarray, float]:
         with self.arm.lock: return self.arm.kitchen.render(self.name, self.size), self.arm.now()
 
-# %% ../../nbs/74_robot.sim.ipynb #93df1871
-_PARTS = {"q": 6, "gripper": 1, "hand": 3, "turn": 3, "block": 3, "pot": 2, "door": 1, "buttons": 2, "distractors": 6} # rad, 0..1, m, rad (0 is straight down), m, m, rad, m, m
+# %% ../../nbs/74_robot.sim.ipynb #0a1114e3
+_PARTS = {"q": 6, "gripper": 1, "hand": 3, "turn": 3, "block": 3, "pot": 2, "door": 1, "distractors": 6} # rad, 0..1, m, rad (0 is straight down), m, m, rad, m
 SLICES = {n: slice(end-w, end) for (n, w), end in zip(_PARTS.items(), np.cumsum(list(_PARTS.values())).tolist())}
-OBS_DIM, ACT_DIM, PERIOD_S = 27, 7, .2
+OBS_DIM, ACT_DIM, PERIOD_S = 25, 7, .2
 SCALE = np.array([.05, .05, .05, .25, .25, .25])       # metres and radians of an action of 1
 
 def observe(k: Kitchen) -> np.ndarray:
-    "The state of a kitchen, [27] float32; see `SLICES`."
+    "The state of a kitchen, [25] float32; see `SLICES`."
     ee, at = k.ee, k.where
-    return np.concatenate([k.q_rad, [gripper_opening(k.gripper_half_m)], ee[:3, 3], matrix_rpy(ee[:3, :3] @ DOWN.T), at("block"), at("pot")[:2], [k.door_rad, k.pressed("right"), k.pressed("left")],
+    return np.concatenate([k.q_rad, [gripper_opening(k.gripper_half_m)], ee[:3, 3], matrix_rpy(ee[:3, :3] @ DOWN.T), at("block"), at("pot")[:2], [k.door_rad],
         *(at(d)[:2] for d in DISTRACTORS)]).astype(np.float32)
 
 class WidowXEnv(BaseEnv):
-    "One task of the kitchen at 5 Hz. Observation [27] (see `SLICES`), action [7] in [-1, 1]: displacement, turn, gripper."
+    "One task of the kitchen at 5 Hz. Observation [25] (see `SLICES`), action [7] in [-1, 1]: displacement, turn, gripper."
     def __init__(self, task: str, max_steps: int=100, render_size: int=84, camera: str="external"): # camera: external, shoulder, or both side by side
         if task not in TASKS: raise EnvError("unknown kitchen task", got=repr(task), expected=f"one of {', '.join(TASKS)}")
         if camera not in (*CAMERAS, "both"): raise EnvError("unknown camera", got=repr(camera), expected=f"one of {', '.join(CAMERAS)}, both")
@@ -124,7 +124,7 @@ class WidowXEnv(BaseEnv):
         else: self.arm.command(sent.q_target_rad, sent.gripper, PERIOD_S)
         self.arm.simulate(PERIOD_S)
         score = self.kitchen.score
-        return observe(self.kitchen), score-before, score == 1., {"score": score, "grasp": self.kitchen.touches("block"), "reasons": sent.reasons}
+        return observe(self.kitchen), score-before, score == 1., {"score": score, "grasp": self.kitchen.touches("block"), "pressed": (self.kitchen.pressed("right"), self.kitchen.pressed("left")), "reasons": sent.reasons}
 
 # %% ../../nbs/74_robot.sim.ipynb #98bf9a59
 def _render(self) -> np.ndarray: # [Hh, Ww, 3] uint8
@@ -138,7 +138,7 @@ def _close(self): self.kitchen.close()
 WidowXEnv.render, WidowXEnv.get_state, WidowXEnv.set_state, WidowXEnv.close = _render, _get_state, _set_state, _close
 FAMILY = (WidowXEnv, tuple(TASKS))      # for `make_env("widowx/...")`
 
-# %% ../../nbs/74_robot.sim.ipynb #f5417746
+# %% ../../nbs/74_robot.sim.ipynb #b9425d4f
 class View:
     "An observation with names."
     def __init__(self, obs): self.obs = np.asarray(obs, float)
@@ -187,22 +187,25 @@ def _block_in_pot(x):
 SCRIPTS = {"reach-block": _reach_block, "push-button": _push_button, "close-microwave": _close_microwave, "block-in-pot": _block_in_pot}
 
 class Scripted:
-    "`policy(obs [27], t) -> action [7]`: follows a script of hand positions; starts over at t = 0."
+    "`policy(obs [25], t) -> action [7]`: follows a script of hand positions; starts over at t = 0."
     def __init__(self, script, gain: float=.7, noise=None, top: float=1.): # `noise()` -> [7] is added; `top`: share of the largest step
         self.script, self.gain, self.noise, self.top = script, gain, noise, top
     def __call__(self, obs, t: int) -> np.ndarray:
         if t == 0: self.view = View(obs); self._steps = self.script(self.view)
         self.view.obs = np.asarray(obs, float); goal, grip, *turn = next(self._steps)
-        d = self.gain*np.r_[goal-self.view.hand, (turn[0] if turn else 0)-self.view.turn]
-        d[:3] *= min(1., self.top*SCALE[0]/max(float(np.linalg.norm(d[:3])), 1e-9))
-        return np.clip(np.r_[d/SCALE, grip]+(self.noise() if self.noise else 0), -1, 1).astype(np.float32)
+        a = np.r_[self.gain*np.r_[goal-self.view.hand, (turn[0] if turn else 0)-self.view.turn]/SCALE, grip]
+        for k in (0, 3): a[k:k+3] *= min(1., self.top/max(float(np.linalg.norm(a[k:k+3])), 1e-9))
+        if self.noise: a += self.noise()
+        for k in (0, 3): a[k:k+3] /= max(1., float(np.linalg.norm(a[k:k+3])))      # not more than the safety filter lets pass
+        return np.clip(a, -1, 1).astype(np.float32)
 
 def expert(task: str, **kw) -> Scripted: # the scripted expert of a task
     if task not in SCRIPTS: raise EnvError("no scripted expert for this task", got=repr(task), expected=f"one of {', '.join(SCRIPTS)}")
     return Scripted(SCRIPTS[task], **kw)
 
-# %% ../../nbs/74_robot.sim.ipynb #91bd5713
-LOW, HIGH = np.array([.14, -.25, .03]), np.array([.40, .30, .27])      # where play wanders
+# %% ../../nbs/74_robot.sim.ipynb #06062fa3
+LOW, HIGH = np.array([.17, -.25, .03]), np.array([.36, .30, .27])      # where play wanders
+STEADY_GRIP = np.array([1, 1, 1, 1, 1, 1, 0])                          # which parts of an action tremble
 
 def wobble(rng, std, rho: float=.8): # a function without arguments -> autoregressive noise [7] of this deviation
     n = np.zeros(7)
@@ -212,16 +215,17 @@ def wobble(rng, std, rho: float=.8): # a function without arguments -> autoregre
     return noise
 
 def _play(rng):
-    somewhere = lambda: rng.uniform(LOW, HIGH)
+    def somewhere(): p = rng.uniform(LOW, HIGH); return p-[.06*(p[0] > .30 and p[2] < .14), 0, 0]     # not into stove and microwave
     def turn(): return rng.uniform(-.4, .4, 3) if rng.random() < .5 else np.zeros(3)
     def thing(x): # its middle
         n = rng.integers(8); d = x.distractors.reshape(3, 2)
         return x.block if n < 2 else np.r_[x.pot, .03] if n == 2 else np.r_[d[n-3], .02] if n < 6 else np.array(BUTTONS["right" if n == 6 else "left"])
     def leg(x, goal, grip, tilt, most=10, near=.025):
-        for g, c in _to(x, np.clip(goal, LOW-[.02, 0, .005], HIGH+[.02, .04, .01]), grip, near, most): yield g, c, tilt
+        for g, c in _to(x, np.clip(goal, LOW-[.03, 0, .005], HIGH+[.02, .04, .01]), grip, near, most): yield g, c, tilt
     def script(x):
         while True:
             kind, grip, tilt, at = rng.choice(["wander", "visit", "poke", "grasp", "door"], p=[.3, .15, .25, .2, .1]), rng.choice([OPEN, CLOSED, rng.uniform(-1, 1)]), turn(), thing(x)
+            if kind == "door" and x.door[0] < .1: kind = "wander"
             sloppy = rng.normal(0, .015, 3)*[1, 1, .3]
             if kind == "wander": yield from leg(x, somewhere(), grip, tilt)
             elif kind == "visit": yield from leg(x, at+sloppy+[0, 0, rng.uniform(.03, .12)], grip, tilt); yield from ((x.hand.copy(), grip, tilt) for _ in range(rng.integers(1, 4)))
@@ -234,14 +238,14 @@ def _play(rng):
             else:
                 out, along = rng.choice([-1, 1])*rng.uniform(.05, .09), rng.uniform(.08, .18)
                 yield from leg(x, _door_point(x.door[0], along, out)+[0, 0, .12], CLOSED, tilt); yield from leg(x, _door_point(x.door[0], along, out), CLOSED, tilt)
-                yield from leg(x, _door_point(x.door[0]-np.sign(out)*rng.uniform(.2, .8), along, 0), CLOSED, tilt)
+                yield from leg(x, _door_point(x.door[0]-np.sign(out)*rng.uniform(.2, .8), along, 0), CLOSED, tilt, 5)
     return script
 
 def player(seed: int) -> Scripted: # a play policy; every seed plays differently
     rng = np.random.default_rng(seed)
-    return Scripted(_play(rng), gain=rng.uniform(.5, .9), noise=wobble(rng, rng.uniform(.05, .3)*np.array([1, 1, 1, 1, 1, 1, .3])), top=rng.uniform(.5, 1.))
+    return Scripted(_play(rng), gain=rng.uniform(.5, .9), noise=wobble(rng, rng.uniform(.05, .25)*STEADY_GRIP), top=rng.uniform(.35, .8))
 
-# %% ../../nbs/74_robot.sim.ipynb #c568c260
+# %% ../../nbs/74_robot.sim.ipynb #414e5838
 COLLECT_SEEDS = 900_000         # environment seeds for collection lie below, as for every recipe
 
 def record(env, pi, seed: int, frames: bool=False, after: int|None=None, **meta) -> Episode:
@@ -259,6 +263,7 @@ class KitchenMix:
     "Play, then demonstrations."
     demos: int = 34         # at most, and at most 0.4 of the episodes
     tremble: float = .08    # deviation of the noise on a demonstrator's actions
+    pace: float = .7        # largest step of a demonstrator, as a share of what is allowed
     after: int = 5          # steps that a demonstration goes on after success
     version: int = 1        # raised whenever the same seed gives other episodes
 
@@ -269,7 +274,7 @@ class KitchenMix:
         def episode(k: int) -> Episode:
             if k < episodes-self.n_demos(episodes): sub = sub_seed(seed, name, k); return record(env, player(sub), sub % COLLECT_SEEDS, frames, policy="play")
             for i in range(20):         # a demonstrator who fails tries again elsewhere
-                sub = sub_seed(seed, name, k, i); ep = record(env, expert(task, noise=wobble(np.random.default_rng(sub), self.tremble*np.array([1, 1, 1, 1, 1, 1, 0]))), sub % COLLECT_SEEDS, frames, self.after, policy="expert")
+                sub = sub_seed(seed, name, k, i); ep = record(env, expert(task, noise=wobble(np.random.default_rng(sub), self.tremble*STEADY_GRIP), top=self.pace), sub % COLLECT_SEEDS, frames, self.after, policy="expert")
                 if ep.succeeded: return ep
             raise EnvError("the expert failed twenty times in a row", where=f"{name}, episode {k}")
         return episode

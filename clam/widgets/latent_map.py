@@ -350,11 +350,10 @@ def _retry(self):
 
 LatentMap.build, LatentMap._tree, LatentMap._wire, LatentMap._retry = _build, _tree, _wire, _retry
 
-# %% ../../nbs/84_widgets.latent_map.ipynb #821b618e
+# %% ../../nbs/84_widgets.latent_map.ipynb #e048c38a
 def _say(self): # the line under the map
-    ui = self._ui; running = self.job.status == "running"; show = lambda w, yes: setattr(w.layout, "display", None if yes else "none")
-    ui.words.value, ui.bar.value = f'<span style="font-size:12px">{html.escape(self.progress or "PCA")}</span>', self.job.fraction
-    show(ui.bar, running); show(ui.cancel, running)
+    ui = self._ui; ui.words.value, ui.bar.value = f'<span style="font-size:12px">{html.escape(self.progress or "PCA")}</span>', self.job.fraction
+    for w in (ui.bar, ui.cancel): w.layout.display = None if self.job.status == "running" else "none"
 
 @guarded
 def _focused(self): # the selection's focus has changed

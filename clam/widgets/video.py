@@ -220,7 +220,7 @@ function render({ model, el }) {
 export default { render };
 """
 
-# %% ../../nbs/81_widgets.video.ipynb #dcb0504e
+# %% ../../nbs/81_widgets.video.ipynb #f94370b2
 _PLAYER_CSS = """
 .clam-player-bar { display: flex; align-items: center; gap: 10px; max-width: 1000px; color: var(--jp-ui-font-color1, inherit); font-size: 13px; }
 .clam-player-play { width: 40px; height: 28px; border: 1px solid rgba(128,128,128,.5); border-radius: 4px; background: transparent; color: inherit; cursor: pointer; }
@@ -231,7 +231,7 @@ _PLAYER_CSS = """
 .clam-player-speed { background: transparent; color: inherit; border: 1px solid rgba(128,128,128,.5); border-radius: 4px; }
 .clam-player-speed option { color: #222; background: #fff; }
 .clam-films { display: flex; flex-wrap: wrap; gap: 10px; margin-top: 6px; }
-.clam-film { margin: 0; max-width: 320px; color: var(--jp-ui-font-color1, inherit); font-size: 12px; line-height: 16px; }
+.clam-film { margin: 0; width: min-content; max-width: 320px; color: var(--jp-ui-font-color1, inherit); font-size: 12px; line-height: 16px; }
 .clam-film-video { display: block; border: 2px solid transparent; border-radius: 4px; max-width: 100%; }
 .clam-lead .clam-film-video { border-color: #E69F00; }
 """

@@ -83,9 +83,9 @@ class Lab:
         self.log.close()
 
 # where a point of a plot lies on the screen, from plotly itself
-POINT = """(el, [trace, i]) => { const gd = el.matches('.js-plotly-plot') ? el : el.querySelector('.js-plotly-plot'), t = gd._fullData[trace], L = gd._fullLayout, r = gd.getBoundingClientRect(),
+POINT = """([trace, i]) => { const t = gd._fullData[trace], L = gd._fullLayout, r = gd.getBoundingClientRect(),
   X = L[(t.xaxis||'x').replace('x', 'xaxis')], Y = L[(t.yaxis||'y').replace('y', 'yaxis')]; return [r.left+X._offset+X.d2p(t.x[i]), r.top+Y._offset+Y.d2p(t.y[i])]; }"""
-LONELY = """(el, trace) => { const gd = el.matches('.js-plotly-plot') ? el : el.querySelector('.js-plotly-plot'), t = gd._fullData[trace], L = gd._fullLayout, X = L.xaxis, Y = L.yaxis, n = Math.min(t.x.length, 4000), out = [],
+LONELY = """trace => { const t = gd._fullData[trace], L = gd._fullLayout, X = L.xaxis, Y = L.yaxis, n = Math.min(t.x.length, 4000), out = [],
   P = Array.from({length: n}, (_, i) => [X.d2p(t.x[i]), Y.d2p(t.y[i])]);
   for (let i = 0; i < n; i++) { let best = 1e9; if (!(P[i][0] > 20 && P[i][1] > 20 && P[i][0] < X._length-20 && P[i][1] < Y._length-20)) continue;
     for (let j = 0; j < n; j++) if (j != i) best = Math.min(best, (P[i][0]-P[j][0])**2+(P[i][1]-P[j][1])**2); out.push([best, i]); }
@@ -148,12 +148,12 @@ class Book:
         return after, time.perf_counter()-start
 
     # ---- plots
-    def drawn(self, selector: str, points: int=1, seconds: float=60): # wait until a plot has this many points
-        js = "el => { const gd = el.matches('.js-plotly-plot') ? el : el.querySelector('.js-plotly-plot'); return gd && gd._fullData ? gd._fullData.reduce((n, t) => n + (t.visible === true && t.x ? t.x.length : 0), 0) : 0; }"
-        el = self.at(selector); until(lambda: el.evaluate(js) >= points, seconds, f"{selector} has not drawn {points} points")
-        return el
-    def xy(self, selector: str, i: int, trace: int=0): return tuple(self.at(selector).evaluate(POINT, [trace, i]))
-    def lonely(self, selector: str, trace: int=0) -> list[int]: return self.at(selector).evaluate(LONELY, trace) # up to 20 points far from all others, loneliest first
+    def plot(self, selector: str, js: str, arg=None): # a function of `arg` in the page, where `gd` is the plot
+        return self.at(selector).evaluate("(el, arg) => { const gd = el.matches('.js-plotly-plot') ? el : el.querySelector('.js-plotly-plot'); return ("+js+")(arg); }", arg)
+    def points(self, selector: str) -> int: return self.plot(selector, "() => gd && gd._fullData ? gd._fullData.reduce((n, t) => n + (t.visible === true && t.x ? t.x.length : 0), 0) : 0") # drawn so far
+    def drawn(self, selector: str, points: int=1, seconds: float=60): until(lambda: self.points(selector) >= points, seconds, f"{selector} has not drawn {points} points")
+    def xy(self, selector: str, i: int, trace: int=0): return tuple(self.plot(selector, POINT, [trace, i]))
+    def lonely(self, selector: str, trace: int=0) -> list[int]: return self.plot(selector, LONELY, trace) # up to 20 points far from all others, loneliest first
     def hover(self, x: float, y: float): # scattergl wants a real hover before a click
         self.page.mouse.move(x-3, y-3); self.page.mouse.move(x, y, steps=3); self.page.wait_for_timeout(120)
     def press(self): self.page.mouse.down(); self.page.mouse.up()
@@ -165,7 +165,7 @@ class Book:
     def mode(self, selector: str, name: str): # a button of the plot's own bar: "Lasso Select", "Box Select", "Pan"
         el = self.at(selector); el.hover(); el.locator(f'.modebar-btn[data-title="{name}"]').first.click()
     def inside(self, selector: str, fx: float, fy: float): # a place within the plotting area, as fractions from its left and top
-        return tuple(self.at(selector).evaluate("(el, [fx, fy]) => { const gd = el.matches('.js-plotly-plot') ? el : el.querySelector('.js-plotly-plot'), s = gd._fullLayout._size, r = gd.getBoundingClientRect(); return [r.left+s.l+fx*s.w, r.top+s.t+fy*s.h]; }", [fx, fy]))
+        return tuple(self.plot(selector, "([fx, fy]) => { const s = gd._fullLayout._size, r = gd.getBoundingClientRect(); return [r.left+s.l+fx*s.w, r.top+s.t+fy*s.h]; }", [fx, fy]))
     def lasso(self, selector: str, x0=.2, y0=.2, x1=.8, y1=.8): # around the middle, unless told
         self.drag(*(self.inside(selector, x, y) for x, y in ((x0, y0), (x1, y0), (x1, y1), (x0, y1), (x0, y0))))
 

@@ -32,7 +32,7 @@ def test_a_lasso_changes_the_statistics(book, toy):
 
 def test_colours_change(book, toy):
     b = book([MAP]); b.run_all(); b.drawn("clam-map", 200)
-    colours = lambda: b.at("clam-map").evaluate("el => String(el.querySelector('.js-plotly-plot')._fullData[0].marker.color)")
+    colours = lambda: b.plot("clam-map", "() => String(gd._fullData[0].marker.color)")
     for label in ("step", "neighbours' action disagreement", "kind of episode"): b.changed(colours, lambda: b.choose("clam-map-colour", label), what=f"no other colours for {label}")
 
 FILMS = OPEN+'''
@@ -54,3 +54,78 @@ def test_films_are_chosen_and_ordered(book, toy):
     b = book([FILMS]); b.run_all(); until(lambda: b.all("clam-thumb").count() >= 4, 40, "no pictures of episodes")
     first = b.ask("panel.on_page"); b.choose("clam-order", "lowest return first"); until(lambda: b.ask("panel.on_page") != first, 10, "the order did not change")
     b.all("clam-thumb").nth(2).click(); until(lambda: b.all("clam-film-video").count() == 2, 40, "the second film did not appear"); assert len(b.ask("panel.chosen")) == 2
+
+STEER = OPEN+'''
+from clam.widgets.base import Selection
+from clam.widgets.steering import Steering
+panel = Steering(ins, Selection(focus=25)); panel'''
+
+def test_a_slider_changes_three_outcomes(book, toy):
+    b = book([STEER]); b.run_all(); until(lambda: "after the decoded action" in b.shows("clam-steer-sim"), 40, "no first outcome")
+    outcomes = lambda: (b.shows("clam-steer-fdm"), b.shows("clam-steer-action"), b.shows("clam-steer-sim")); before = start = outcomes()
+    b.slide("clam-steer-slider-0", "PageUp", 2); until(lambda: all(x != y for x, y in zip(outcomes(), before)), 20, "prediction, action and simulator did not all change")
+    b.shot("steering"); b.button("clam-steer-reset"); until(lambda: outcomes() == start, 20, "reset did not bring the recorded latent back")
+
+def test_the_reconstruction_panel_answers(book, toy):
+    b = book([OPEN+"\nfrom clam.widgets.reconstruction import ReconVsCheat\npanel = ReconVsCheat(ins); panel"]); b.run_all(); b.drawn("clam-recon-plot", 8)
+    i = b.plot("clam-recon-plot", "() => gd._fullData.findIndex(t => t.x && t.x.length > 3)")
+    b.changed(lambda: b.shows("clam-recon-focus"), lambda: b.click_point("clam-recon-plot", 3, i), what="a click on an episode showed nothing"); assert b.ask("int(ins.episode[panel.selection.focus])") == 3
+    axis = lambda: b.plot("clam-recon-plot", "() => gd._fullLayout.xaxis.title.text")
+    b.changed(axis, lambda: b.choose("clam-recon-by", "by step"), what="the split did not change"); b.shot("reconstruction")
+
+TRAINED = '''from clam.config import preset
+from clam.core import data_dir
+from clam.data.store import open_dataset
+from clam.widgets.live import TrainingMonitor
+cfg = preset("tiny").replace(stage1__updates=100_000, split__n_expert=8, split__n_labelled=8)
+panel = TrainingMonitor(open_dataset("toy"), cfg, data_dir("runs", "started"), title="toy, Stage 1", hz=5.); panel'''
+
+def test_a_training_is_started_and_stopped(book, toy):
+    b = book([TRAINED]); b.run_all(); b.button("clam-start"); said = lambda: b.shows("clam-monitor-status")
+    until(lambda: "training" in said() and b.ask("panel.update") > 20, 60, "the training did not start")
+    points = lambda: b.points("clam-monitor-plot")
+    n = until(points, 20, "no curve was drawn"); until(lambda: points() > n, 20, "the curves stand still")
+    b.button("clam-pause"); until(lambda: "paused" in said(), 20, "no pause"); at = b.ask("panel.update"); b.page.wait_for_timeout(500); assert b.ask("panel.update") == at
+    b.button("clam-checkpoint"); until(lambda: "checkpoint" in said(), 20, "no checkpoint"); b.shot("training"); b.button("clam-pause"); until(lambda: b.ask("panel.update") > at, 20, "it does not go on")
+    b.button("clam-stop"); until(lambda: "stopped" in said(), 30, "the training did not stop"); until(lambda: b.ask("panel.job.status") == "done", 20, "its thread did not end"); assert b.ask("panel.update") < 100_000
+    assert b.ask("1+1") == 2 and any((b.lab.data/"runs"/"started"/"state").glob("stage1-*")), "the state is saved and the kernel free"
+
+BENCH = '''from clam.core import data_dir
+from clam.widgets.bench import Workbench
+bench = Workbench(data_dir("runs", "toy"), method="pca"); bench'''
+
+def test_the_tabs_share_one_selection(book, toy):
+    b = book([BENCH]); b.run_all(); b.drawn("clam-map", 200); assert b.ask("list(bench.parts)") == ["Map"] and "10 rollout" in b.shows("clam-bench-head")
+    b.click_point("clam-map", b.lonely("clam-map")[0]); n = until(lambda: b.ask("bench.selection.focus") or 0, 10, "the click did not arrive"); e, t = b.ask(f"bench.inspection.where({n})")
+    b.tab("Steering"); until(lambda: f"{n}" in b.shows("clam-steer-action") or b.ask("bench.parts['Steering'].turn > 0"), 30, "steering did not open"); assert b.ask("int(bench.parts['Steering'].outcome.n)") == n
+    b.tab("Rollouts"); until(lambda: b.ask("[bench.parts['Rollouts'].lead, bench.parts['Rollouts'].step]") == [e, t], 30, "the film is elsewhere")
+    until(lambda: b.all("clam-film-video").count() == 1, 40, "no film"); bar = b.at("clam-player-step"); bar.click(position={"x": 3, "y": 4}); until(lambda: b.ask("bench.selection.focus") != n, 10, "scrubbing did not move the selection")
+    m = b.ask("bench.selection.focus"); b.tab("Map"); until(lambda: f"episode {b.ask(f'bench.inspection.where({m})')[0]}," in b.shows("clam-focus-label"), 20, "the map did not follow")
+    b.tab("Reconstruction"); until(lambda: str(m) in b.shows("clam-recon-focus"), 30, "the reconstruction did not follow")
+    b.tab("Training"); b.drawn("clam-monitor-plot", 10); b.tab("Health"); b.button("clam-health-run"); until(lambda: b.all("clam-health-report").first.inner_text().strip(), 120, "no report"); word = b.ask("bench.parts['Health'].report.verdict")
+    until(lambda: word in b.shows("clam-bench-head"), 10, "the verdict is not in the header"); assert b.ask("bench.message") == ""; b.shot("bench-health")
+
+BAD = {"constant": ("LatentMap(ins_of(Fixed(0.)), method='pca')", "collapsed"), "nan": ("LatentMap(ins_of(Fixed(float('nan'))), method='pca')", "NaN"), "no-run": ("Workbench(data_dir('runs', 'no-such-run'))", "no run here"),
+       "no-episodes": ("Rollouts([])", "no episodes"), "no-simulator": ("Steering(inspect_episodes(linear_lam('healthy'), eps, H=0), Selection(focus=3))", None)}
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_input_leaves_a_sentence(book, toy, what):
+    code, word = BAD[what]
+    b = book(['''import numpy as np
+from clam.core import data_dir
+from clam.evaluate.inspection import inspect_episodes
+from clam.toy import linear_lam, toy_episodes
+from clam.widgets.base import Selection
+from clam.widgets.bench import Workbench
+from clam.widgets.latent_map import LatentMap
+from clam.widgets.rollouts import Rollouts
+from clam.widgets.steering import Steering
+eps = toy_episodes(4, seed=1)
+class Fixed:
+    def __init__(self, v): self.v = v
+    def encode(self, o, o_next): return np.full((len(o), 3), self.v, np.float32)
+    def predict(self, o, z): return o
+def ins_of(model): return inspect_episodes(model, eps, H=0, env_name="toy")''', f"panel = {code}; panel"], name=f"bad-{what}"); b.run_all()
+    if word: assert word in until(lambda: " ".join(b.all("clam-message").all_inner_texts()).strip(), 20, "no sentence")
+    else: until(lambda: "decoder" in b.shows("clam-steer-action").lower() and b.shows("clam-steer-sim").strip(), 20, "no sentence in the panel")
+    assert b.traces() == [] and b.ask("2+2") == 4; b.shot(f"bad-{what}")

@@ -49,3 +49,12 @@ ins.z.shape''', "panel = LatentMap(ins, method='pca'); panel"]); b.run_all(); b.
         b.page.locator(".jp-Cell").nth(1).locator(".jp-InputArea-prompt").click(); start = time.perf_counter()
         b.page.keyboard.press("Control+Enter"); b.page.evaluate(DRAWN); took.append(time.perf_counter()-start)
     assert b.ask("len(panel.keep)") == 20_000; b.shot("map-20000"); record("20,000 points drawn with PCA", took)
+
+@pytest.mark.slow
+def test_slider_to_three_outcomes(book, toy, record):
+    b = book([OPEN+"\nfrom clam.widgets.base import Selection\nfrom clam.widgets.steering import Steering\npanel = Steering(ins, Selection(focus=25)); panel"]); b.run_all(); until(lambda: b.ask("panel.turn") > 0, 40, "no first outcome"); took = []
+    seen = lambda: (b.shows("clam-steer-fdm"), b.shows("clam-steer-action"), b.shows("clam-steer-sim")); b.at("clam-steer-slider-1").locator(".noUi-handle").first.focus()
+    for _ in range(8):
+        b.page.wait_for_timeout(600); before = seen(); start = time.perf_counter(); b.page.keyboard.press("PageUp")
+        until(lambda: all(p != q for p, q in zip(seen(), before)), 20, "three outcomes did not change", .002); took.append(time.perf_counter()-start)
+    record("slider to three new outcomes", took[1:])
