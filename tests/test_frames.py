@@ -81,3 +81,12 @@ def test_reading_keeps_only_what_was_asked_for(tmp_path):
     for _ in range(40): frames[rows[rng.integers(0, len(rows), 8)]]
     peak = tracemalloc.get_traced_memory()[1]-base; tracemalloc.stop()
     assert frames.nbytes > 40*size and peak < 6*size, (peak, size)
+
+def test_compressed_pictures_are_shown_and_exported(both, tmp_path):
+    from clam.data.formats import export_dataset, import_dataset
+    from clam.widgets.video import film_of, overlay
+    raw, packed = both
+    assert np.array_equal(overlay(packed[2].frames, packed[2].act), overlay(raw[2].frames, raw[2].act)) and np.array_equal(film_of(packed[0]).frames, film_of(raw[0]).frames)
+    a, b = (EpisodeStore(import_dataset("minari", export_dataset("minari", s, tmp_path/f"{n}-v0"), tmp_path/n)) for n, s in (("raw", raw), ("packed", packed))); assert a.digest == b.digest == raw.digest
+    c = EpisodeStore(import_dataset("lerobot", export_dataset("lerobot", packed, tmp_path/"v3", crf=0, pixels="yuv444p"), tmp_path/"c")); assert np.abs(c.frames.astype(int)-raw.frames).max() <= 4
+    again = EpisodeStore(write_store(tmp_path/"again", packed, {"name": "films"}, pack=True)); assert again.digest == packed.digest

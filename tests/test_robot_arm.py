@@ -6,7 +6,7 @@ import pytest
 import clam.robot.safety as safety
 from clam.core import RobotError
 from clam.data.store import check_store
-from clam.robot.base import BOXES, LIMITS_RAD, POSES, ArmBackend, FreePlant, arm_names, make_arm
+from clam.robot.base import BOXES, LIMITS_RAD, POSES, Box, ArmBackend, FreePlant, arm_names, make_arm
 from clam.robot.dynamixel import BusError, DynamixelArm, check_arm
 from clam.robot.kinematics import FreeArm, forward, forward_chain, inverse, singularity
 from clam.robot.recorder import RobotRecorder, replay
@@ -77,6 +77,15 @@ def test_the_property_test_sees_a_hole_in_the_filter(monkeypatch, hole):
     safe = SafeArm(FreeArm(POSES["neutral"], dt_s=.05), cfg)
     if hole == "limits": monkeypatch.setattr(safety, "_last_word", lambda cfg, want, anchor, dt: (np.clip(want, *LIMITS_RAD.T), []))
     assert drive(safe, 300, 1, "joint_abs")[0]
+
+
+def test_the_default_limits_are_those_of_the_page_and_do_not_wind_up():
+    c = SafetyConfig(); assert (c.speed_m_s, c.joint_step_rad, c.lag_rad, c.margin_rad, c.stale_s, c.keep_out_m) == (.25, .3, .15, .05, .2, .1)
+    rng = np.random.default_rng(0)
+    for _ in range(10): # push against the edge of the reach, then turn round: the arm answers at once
+        safe = SafeArm(FreeArm(POSES["neutral"]), SafetyConfig(box=Box((.1, -.6, .0), (.9, .6, .6)))); way = np.r_[.05, rng.uniform(-.03, .03, 2)]
+        out = [safe.step(np.r_[way, 0, 0, 0, 1]) for _ in range(25)]; assert "inverse" in out[-1].kinds and (out[-1].q_target_rad == out[-2].q_target_rad).all()
+        back = safe.step(np.r_[-way, 0, 0, 0, 1]); assert not back.hold and np.linalg.norm(back.ee[:3, 3]-out[-1].ee[:3, 3]) > .01
 
 
 def test_an_interrupt_or_an_error_holds():
@@ -337,3 +346,23 @@ def test_noise_on_the_line_moves_nothing_and_kills_nobody():
     with DxlBus(FreePlant()) as bus:
         fd = os.open(bus.port, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK); os.write(fd, rng.integers(0, 256, 2000).astype(np.uint8).tobytes()); os.close(fd)
         assert check_arm(bus.port, timeout_s=.5)["ok"]
+
+
+def test_the_sdk_alone_agrees_with_the_emulator():
+    import dynamixel_sdk as sdk
+    with DxlBus(FreePlant(POSES["neutral"])) as bus:
+        port, dxl = sdk.PortHandler(bus.port), sdk.PacketHandler(2.0); assert port.openPort() and port.setBaudRate(1_000_000)
+        def again(f, n=10): # the SDK's own 34 ms limit is short on a busy machine
+            for _ in range(n):
+                r = f()
+                if 0 in (r if isinstance(r, tuple) else (r,)): return r
+            return r
+        found, code = again(lambda: dxl.broadcastPing(port)); assert code == 0 and {i: m for i, (m, _) in found.items()} == {m.id: m.model for m in ARM_SERVOS}
+        g = sdk.GroupSyncRead(port, dxl, 132, 4); [g.addParam(i) for i in JOINT_IDS]
+        assert again(g.fastSyncRead) == 0; fast = [g.getData(i, 132, 4) for i in JOINT_IDS]
+        assert again(g.txRxPacket) == 0 and [g.getData(i, 132, 4) for i in JOINT_IDS] == fast
+        assert np.abs([radians(t) for t in fast]-POSES["neutral"]).max() < 1e-3
+        assert dxl.write1ByteTxRx(port, 1, 64, 1)[0] == 0 and again(lambda: dxl.write1ByteTxRx(port, 1, 11, 4)) == (0, 7)                # EEPROM is locked while torque is on
+        assert again(lambda: dxl.write4ByteTxRx(port, 2, 116, 100)) == (0, 6) and again(lambda: dxl.write1ByteTxRx(port, 1, 64, 9)) == (0, 4) and again(lambda: dxl.write2ByteTxRx(port, 1, 0, 5)) == (0, 7)
+        payload = [0xff, 0xff, 0xfd, 0x00]; assert again(lambda: dxl.writeTxRx(port, 1, 104, 4, payload)) == (0, 4) and again(lambda: dxl.writeTxRx(port, 1, 20, 4, [0xff, 0xff, 0xfd, 0xff])) == (0, 7)      # stuffed on the way, refused by range and by lock
+        port.closePort()

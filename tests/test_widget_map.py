@@ -114,6 +114,14 @@ def test_a_fault_while_drawing_the_clip_costs_the_clip_only(make, monkeypatch):
     assert "ZeroDivisionError" in ui.clip.value and "step 3" in ui.label.value and ui.near.value.count("<img") == 5
 
 
+def test_no_message_to_the_browser_undoes_another_trace(make, monkeypatch):
+    from plotly.basedatatypes import Undefined
+    m = make(); ui = settled(m); sent, send = [], type(ui.fig)._send_update_msg
+    monkeypatch.setattr(type(ui.fig), "_send_update_msg", lambda self, restyle_data=None, *a, **kw: (sent.append(restyle_data or {}), send(self, restyle_data, *a, **kw))[1])
+    m.selection.pick(range(9)); m.selection.focus = 30; m.selection.pin(40); settled(m); m.selection.pick(range(5)); m.selection.focus = 31; settled(m); m.colour = "step"; m.xy["umap"] = m.xy["pca"]*2; m.method = "umap"; settled(m)
+    assert len(sent) > 5 and not [k for data in sent for k, v in data.items() if isinstance(v, list) and any(x is Undefined for x in v)], "a browser takes what is undefined for one trace as gone"
+
+
 # ---------------------------------------------------------------- a lasso
 def test_a_lasso_shows_statistics_and_clips(make):
     m = make(); settled(m); inside = np.flatnonzero(m.inspection.act[:, 1] > .6)

@@ -254,12 +254,12 @@ def export_dataset(format: str, store, out, overwrite: bool=False, **options) ->
     with fresh_folder(out, overwrite) as tmp: fmt.write(store, tmp, **options)
     return Path(out)
 
-# %% ../../nbs/14_data.formats.ipynb #204448cb
+# %% ../../nbs/14_data.formats.ipynb #1c22abb1
 CARD = "clam.json"
 
 def write_card(store, folder):
     "What a store says about itself, as `clam.json` beside exported data."
-    meta = {k: v for k, v in store.meta.items() if k not in ("name", "spec", "act_limit", "format", "episodes", "transitions", "fields", "imported")}
+    meta = {k: v for k, v in store.meta.items() if k not in ("name", "spec", "act_limit", "format", "episodes", "transitions", "fields", "frames_in", "imported")}
     if "imported" in store.meta: meta.setdefault("origin", store.meta["imported"])
     write_json(Path(folder)/CARD, {"name": store.name, "spec": store.spec, "act_limit": store.meta.get("act_limit"), "fields": [n for n in store.meta["fields"] if n != "act" or store.has_actions], "meta": meta, "episodes": store.notes})
 

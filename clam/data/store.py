@@ -81,7 +81,7 @@ def _sound(ep: Episode, i: int, path, act_limit) -> Episode: # episode `i` as it
         file = next((f"/{n}.npy" for n in FIELDS if e.what.startswith(n+" ")), "")
         raise DatasetError(e.what, e.got, e.expected, e.fix, f"{path}{file}, episode {i}") from None
 
-# %% ../../nbs/10_data.store.ipynb #c613f6f6
+# %% ../../nbs/10_data.store.ipynb #9dc6cd05
 def _packed(raw: NpyAppender, folder: Path, lengths) -> FrameAppender: # the pictures written so far, compressed; the writer to go on with
     raw.close(); a, new, row = np.load(folder/"frames.npy", mmap_mode="r"), FrameAppender(folder, raw.row_shape), 0
     for n in lengths: new.append(a[row:row+n+1]); row += n+1
@@ -111,7 +111,7 @@ def write_store(
             for n, f in files.items(): f.append(getattr(ep, n))
             lengths.append(len(ep)); notes.append(ep.meta or {})
         if not lengths: raise DatasetError("no episodes to write", fix="check the source", where=str(path))
-        meta = {"name": path.name, **(meta or {}), "format": FORMAT, "episodes": len(lengths), "transitions": sum(lengths), "fields": want, "act_limit": act_limit, **({"frames_in": "frames.zst"} if "frames" in want and pack else {})}
+        meta = {"name": path.name, **{k: v for k, v in (meta or {}).items() if k != "frames_in"}, "format": FORMAT, "episodes": len(lengths), "transitions": sum(lengths), "fields": want, "act_limit": act_limit, **({"frames_in": "frames.zst"} if "frames" in want and pack else {})}
         meta["spec"] = _spec(meta, want, max(lengths), path)
         np.save(tmp/"episode_ends.npy", np.cumsum(lengths, dtype=np.int64))
         (tmp/"episodes.jsonl").write_text("".join(to_json(n, indent=None)+"\n" for n in notes))
@@ -145,7 +145,7 @@ def _open_notes(path: Path, n: int) -> list[dict]: # the meta of each episode
         except (ValueError, TypeError) as e: raise DatasetError("line is not a JSON object", str(e), fix=MAKE_AGAIN, where=f"{path}, episode {i}") from None
     return out
 
-# %% ../../nbs/10_data.store.ipynb #55e2898b
+# %% ../../nbs/10_data.store.ipynb #27ed05d0
 class PackedFrames(np.lib.mixins.NDArrayOperatorsMixin):
     "Compressed pictures `[R, Hh, Ww, C]` of a folder, or some `rows` of them. Indexing by a slice is lazy; anything else decompresses what it needs."
     dtype, ndim = np.dtype(np.uint8), 4
@@ -158,7 +158,7 @@ class PackedFrames(np.lib.mixins.NDArrayOperatorsMixin):
         self.offsets = np.array(_open_npy(f, np.int64, 2))
         try: self.blob = np.memmap(self.folder/"frames.zst", np.uint8, "r")
         except (OSError, ValueError) as e: raise DatasetError("not a readable file", str(e), fix=MAKE_AGAIN, where=str(self.folder/"frames.zst")) from None
-        if len(self.offsets) < 2 or self.offsets.shape[1] != 2 or self.offsets[0].any() or (np.diff(self.offsets, axis=0) < 1).any() or self.offsets[-1, 1] != len(self.blob):
+        if len(self.offsets) < 2 or self.offsets.shape[1] != 2 or self.offsets[0].any() or (np.diff(self.offsets, axis=0) < 1).any() or (np.diff(self.offsets[:, 0]) > GROUP).any() or self.offsets[-1, 1] != len(self.blob):
             raise DatasetError("offsets do not fit frames.zst", fix=MAKE_AGAIN, where=str(f))
         self.rows, self._last = np.arange(self.offsets[-1, 0]) if rows is None else np.asarray(rows), (-1, None)
     @property

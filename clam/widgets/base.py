@@ -110,21 +110,21 @@ def table_html(rows: dict, head=()) -> str: # {name: value or [values]} as a sma
     top = "".join(f'<th style="padding:0 8px;text-align:right">{html.escape(h)}</th>' for h in head)
     return f'<table style="font-size:12px;line-height:17px">{f"<tr>{top}</tr>" if head else ""}'+"".join(f'<tr><td style="padding-right:8px">{html.escape(str(k))}</td>{cells(v)}</tr>' for k, v in rows.items())+"</table>"
 
-# %% ../../nbs/82_widgets.base.ipynb #1a179c6d
+# %% ../../nbs/82_widgets.base.ipynb #1e42e537
 def guarded(method):
     "Decorator for a panel's methods: an error becomes `self.message` (and `self.trouble`); the next call that succeeds clears it."
     @functools.wraps(method)
     def wrapped(self, *a, **kw):
-        outermost, self._guards = not self._guards, self._guards+1
-        if outermost: self._failed = None
+        g = self._guard; outermost, g.depth = not getattr(g, "depth", 0), getattr(g, "depth", 0)+1     # callbacks and workers may fail at the same time
+        if outermost: g.failed = False
         try: return method(self, *a, **kw)
         except Exception as e:
-            self._failed = self.trouble = e; expected = isinstance(e, (ClamError, Nothing))
+            g.failed = True; self.trouble = e; expected = isinstance(e, (ClamError, Nothing))
             if not expected: self.details = traceback.format_exc()
             self.message = str(e) if expected else f"{type(e).__name__}: {e} (the traceback is in .details)"
         finally:
-            self._guards -= 1
-            if outermost and self._failed is None: self.trouble, self.message = None, ""
+            g.depth -= 1
+            if outermost and not g.failed: self.trouble, self.message = None, ""
     return wrapped
 
 class Panel(HasTraits):
@@ -132,9 +132,8 @@ class Panel(HasTraits):
     title, message = Unicode(""), Unicode("")
     trouble, details = Any(None), Unicode("")         # the last error, and the traceback of an unexpected one
     selection = Instance(Selection)
-    _guards, _failed = 0, None                        # depth of guarded calls, and what failed within them
     def __init__(self, selection: Selection|None=None, **kw):
-        super().__init__(selection=selection or Selection(), **kw); self._view, self._watched, self._closing = None, [], []
+        self._guard = threading.local(); super().__init__(selection=selection or Selection(), **kw); self._view, self._watched, self._closing = None, [], []
     def build(self) -> W.Widget: raise NotImplementedError # the ipywidgets tree
     def static(self): raise NotImplementedError            # a figure, picture or film without a kernel
     def watch(self, who: HasTraits, names, fn): # observe until closed

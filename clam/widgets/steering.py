@@ -88,7 +88,7 @@ def steer(ins: Inspection, n: int, z=None, simulate: bool=True, render: bool=Tru
     if np.shape(real) != np.shape(pred): why["error"] = f"The simulator's picture {list(np.shape(real))} cannot be compared with the model's {list(np.shape(pred))}."; return Steered(**out, sim=sim)
     return Steered(**out, sim=sim, error=_rms(flat(pred), flat(real), unit, dims), still=_rms(flat(o), flat(real), unit, dims))
 
-# %% ../../nbs/88_widgets.steering.ipynb #3bb3dcb6
+# %% ../../nbs/88_widgets.steering.ipynb #dde2c3fe
 BLUE, ORANGE = PALETTE[1], PALETTE[0]
 
 def _limit(ins, s: Steered, unit, dims) -> float: # one scale for both columns of bars
@@ -102,8 +102,8 @@ def _as_frame(a) -> np.ndarray: return np.round(np.clip(a, 0, 1)*255).astype(np.
 
 def fdm_html(ins: Inspection, s: Steered, scale, frame=None) -> str: # `frame`: of o_t
     unit, dims = scale[0], scale[1][:14]; head = _heading("1 &nbsp; forward model predicts")
-    if reads_frames(ins): return head+pictures({"o_t": _as_frame(ins.subject.win[s.n, -2].numpy()), "prediction": _as_frame(s.pred)}, 118)
-    out = head+pictures({"o_t": frame, "prediction": drawn(ins, s.pred)}, 118)
+    if reads_frames(ins): return head+pictures({"o_t": _as_frame(ins.subject.win[s.n, -2].numpy()), "prediction": _as_frame(s.pred)}, 100)
+    out = head+pictures({"o_t": frame, "prediction": drawn(ins, s.pred)}, 100)
     return out+(key(prediction=ORANGE, recorded=INK)+change_rows(ins, s.n, {"predicted": (s.pred, ORANGE), "recorded": (ins.next_obs[s.n], INK)}, unit, dims, _limit(ins, s, unit, dims), 1) if len(dims) else _said("Nothing moves in these episodes."))
 
 def action_html(ins: Inspection, s: Steered) -> str:
@@ -112,12 +112,12 @@ def action_html(ins: Inspection, s: Steered) -> str:
     true = None if ins.act is None else ins.act[s.n]; limit = 1.5; edge = [(-limit, -1, GRID), (1, limit, GRID)]; f = lambda v: f"{v:+.2f}"
     rows = [[name, track(([] if true is None else [tick(true[k], INK, .05)])+[(0, a, ORANGE)]+edge, -limit, limit, 12), f(a)+("*" if abs(a) > 1 else ""), "" if true is None else f(true[k])] for k, (name, a) in enumerate(zip(act_names(ins, len(s.action)), s.action))]
     notes = ("" if not (np.abs(s.action) > 1).any() else _said("* beyond 1: clipped before it is sent"))+("" if true is not None else _said("True actions are not known."))
-    return head+key(decoded=ORANGE, **({} if true is None else {"recorded": INK}))+rows_html(rows, ["", "-1.5 to 1.5", "decoded", *(["true"] if true is not None else [])], ["70px", "45%"])+_said("A full push is 1; grey ends are cut off.")+notes
+    return head+key(decoded=ORANGE, **({} if true is None else {"recorded": INK}))+rows_html(rows, ["", "", "decoded", *(["true"] if true is not None else [])], ["70px", "99%"])+_said("Scale -1.5 to 1.5: a full push is 1, the grey ends are cut off.")+notes
 
 def sim_html(ins: Inspection, s: Steered, scale) -> str:
     head, unit, dims = _heading("3 &nbsp; simulator does"), scale[0], scale[1][:14]
     if s.sim is None: return head+_said(s.why.get("sim", "asking the simulator ..."))
-    out = head+pictures({f"after the decoded action{', success' if s.sim.success else ''}": s.sim.frame}, 118)
+    out = head+pictures({f"after the decoded action{', success' if s.sim.success else ''}": s.sim.frame}, 100)
     if reads_frames(ins): return out
     return out+(key(simulator=BLUE, prediction=ORANGE)+change_rows(ins, s.n, {"simulator": (s.sim.obs, BLUE), "predicted": (s.pred, ORANGE)}, unit, dims, _limit(ins, s, unit, dims), 1) if len(dims) else "")
 
@@ -142,7 +142,7 @@ def steering_page(ins: Inspection, n: int, z=None) -> Page:
         return Page(columns_html(fdm_html(ins, s, sc, start), action_html(ins, s), sim_html(ins, s, sc))+agreement_html(s, axes_of(ins).rarity(s.z)))
     except (ClamError, Nothing) as e: return Page(_said(str(e)))
 
-# %% ../../nbs/88_widgets.steering.ipynb #758024a7
+# %% ../../nbs/88_widgets.steering.ipynb #51a004b2
 def direction_of(ins: Inspection, which: str, axes: Axes|None=None) -> np.ndarray: # [Z], one standard deviation long
     "`dimension 3` or `principal 0`."
     axes = axes or axes_of(ins); kind, _, k = which.rpartition(" "); Z = len(axes.mean); n = Z if kind == "dimension" else len(axes.std) if kind == "principal" else 0
@@ -164,7 +164,7 @@ def sweep_figure(ins: Inspection, n: int, which: str="principal 0", most: int=4,
     "Decoded action and predicted change along one direction; the simulator dashed."
     try: d = sweep(ins, n, which, **kw)
     except (ClamError, Nothing) as e: return message(str(e))
-    fig = make_subplots(1, 2, horizontal_spacing=.1, subplot_titles=["decoded action", "change of o: predicted (line), simulator (dashes)"]); x = d["shift"]
+    fig = make_subplots(1, 2, horizontal_spacing=.14, subplot_titles=["decoded action", "change of o (simulator dashed)"]); x = d["shift"]
     if d["action"] is not None:
         for k, name in enumerate(act_names(ins, d["action"].shape[1])):
             fig.add_scatter(x=x, y=d["action"][:, k], mode="lines", name=name, legendgroup="a", legendgrouptitle_text="action", line=dict(color=PALETTE[k % 8], width=2), row=1, col=1)
@@ -250,7 +250,7 @@ def _transplant(self, m: int): # the latent of another transition, at this state
 Steering.refocus, Steering.compute, Steering.move, Steering.reset, Steering.mix, Steering.transplant = _refocus, _compute, _move, _reset, _mix, _transplant
 Steering.show = lambda self, s, done=True: None    # the view replaces it
 
-# %% ../../nbs/88_widgets.steering.ipynb #497f4f2b
+# %% ../../nbs/88_widgets.steering.ipynb #4caacf5e
 def _act(self, fn, *args): # from a button or slider: a sentence instead of a traceback
     try: fn(*args)
     except (ClamError, Nothing) as e: self.trouble, self.message = e, str(e)
@@ -300,17 +300,17 @@ def _sweep_box(self):
 
 def _draw_sweep(self, n, which):
     fig = sweep_figure(self.inspection, n, which)
-    if self.plot is None: self.plot = go.FigureWidget(fig); self.w_sweep.children = (self.plot,)
+    if self.plot is None: self.plot = go.FigureWidget(fig.update_layout(width=940)); self.w_sweep.children = (self.plot,)
     else: put_figure(self.plot, fig)
 
 Steering.draw_sweep = _draw_sweep
 
-# %% ../../nbs/88_widgets.steering.ipynb #8f1a2fbc
+# %% ../../nbs/88_widgets.steering.ipynb #56fd8318
 def _build(self) -> W.Widget:
     self.axes                                   # without a single finite latent there is nothing to build
     self.w_fdm, self.w_action, self.w_sim, self.w_agree, self.w_where = (text(f"clam-steer-{c}") for c in ("fdm", "action", "sim", "agreement", "where"))
-    answers = W.HBox([_slim(w, flex="1 1 250px", min_width="245px", margin="0 6px 6px 6px") for w in (self.w_fdm, self.w_action, self.w_sim)], layout=W.Layout(flex_flow="row wrap", align_items="flex-start"))
-    left = W.VBox([*_state_box(self), self.w_where, *_slider_box(self), *_button_box(self)], layout=W.Layout(width="305px", flex="0 0 305px")); right = W.VBox([answers, self.w_agree], layout=W.Layout(flex="1 1 560px", min_width="300px"))
+    answers = W.HBox([_slim(w, flex="1 1 225px", min_width="222px", margin="0 4px 6px 4px") for w in (self.w_fdm, self.w_action, self.w_sim)], layout=W.Layout(flex_flow="row wrap", align_items="flex-start"))
+    left = W.VBox([*_state_box(self), self.w_where, *_slider_box(self), *_button_box(self)], layout=W.Layout(width="305px", flex="0 0 305px")); right = W.VBox([answers, self.w_agree], layout=W.Layout(flex="1 1 500px", min_width="300px"))
     fold = W.Accordion([_sweep_box(self)], titles=("Sweep: move z along one direction",)); fold.selected_index = None
     self.show = self._draw; self._start = (None, None); self.inspection.warm(); self.on_close(lambda: self.__dict__.pop("show", None))
     self.watch(self, ["z", "source"], lambda c: None if self.source == "moved" else self.sync()); self.watch(self.selection, "pins", lambda c: self.sync())
