@@ -166,6 +166,15 @@ def test_lerobot_round_trip_states_exact_video_within_tolerance(tmp_path):
     s = EpisodeStore(write_store(tmp_path/"smooth", [fake_episode(5).replace(frames=smooth)]))
     back = EpisodeStore(import_dataset("lerobot", export_dataset("lerobot", s, tmp_path/"smooth3"), tmp_path/"smooth_back")); assert np.abs(back.frames.astype(int)-s.frames).mean() < 1.5
 
+def test_the_codec_that_lerobot_records_with(tmp_path): # AV1, two pictures between keyframes; decoded from anywhere in the film
+    import av; from fractions import Fraction; from clam.data.lerobot import decode_video
+    film = np.stack([np.full((64, 96, 3), 12*t, np.uint8) for t in range(20)])
+    with av.open(str(tmp_path/"f.mp4"), "w") as c:
+        s = c.add_stream("libsvtav1", rate=10); s.height, s.width, s.pix_fmt, s.options = 64, 96, "yuv420p", {"crf": "30", "g": "2"}
+        for t, f in enumerate(film): p = av.VideoFrame.from_ndarray(f, format="rgb24"); p.pts, p.time_base = t, Fraction(1, 10); c.mux(s.encode(p))
+        c.mux(s.encode(None))
+    for start, n in ((0, 20), (7, 6), (19, 1)): assert np.abs(decode_video(tmp_path/"f.mp4", n, 10, start/10).astype(int)-film[start:start+n]).max() <= 6
+
 def test_lerobot_cuts_files_between_episodes(tmp_path):
     eps = world(lengths=[6]*5, frames=16); s = EpisodeStore(write_store(tmp_path/"s", eps, {"name": "s"}))
     export_dataset("lerobot", s, tmp_path/"v3", most=1)                                          # a data file for each episode

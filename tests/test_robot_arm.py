@@ -350,7 +350,7 @@ def test_noise_on_the_line_moves_nothing_and_kills_nobody():
 
 def test_the_sdk_alone_agrees_with_the_emulator():
     import dynamixel_sdk as sdk
-    with DxlBus(FreePlant(POSES["neutral"])) as bus:
+    with DxlBus(FreePlant(POSES["neutral"]), torque=True) as bus:
         port, dxl = sdk.PortHandler(bus.port), sdk.PacketHandler(2.0); assert port.openPort() and port.setBaudRate(1_000_000)
         def again(f, n=10): # the SDK's own 34 ms limit is short on a busy machine
             for _ in range(n):
@@ -360,7 +360,7 @@ def test_the_sdk_alone_agrees_with_the_emulator():
         found, code = again(lambda: dxl.broadcastPing(port)); assert code == 0 and {i: m for i, (m, _) in found.items()} == {m.id: m.model for m in ARM_SERVOS}
         g = sdk.GroupSyncRead(port, dxl, 132, 4); [g.addParam(i) for i in JOINT_IDS]
         assert again(g.fastSyncRead) == 0; fast = [g.getData(i, 132, 4) for i in JOINT_IDS]
-        assert again(g.txRxPacket) == 0 and [g.getData(i, 132, 4) for i in JOINT_IDS] == fast
+        assert again(g.txRxPacket) == 0 and np.abs(np.subtract([g.getData(i, 132, 4) for i in JOINT_IDS], fast)).max() <= 1
         assert np.abs([radians(t) for t in fast]-POSES["neutral"]).max() < 1e-3
         assert dxl.write1ByteTxRx(port, 1, 64, 1)[0] == 0 and again(lambda: dxl.write1ByteTxRx(port, 1, 11, 4)) == (0, 7)                # EEPROM is locked while torque is on
         assert again(lambda: dxl.write4ByteTxRx(port, 2, 116, 100)) == (0, 6) and again(lambda: dxl.write1ByteTxRx(port, 1, 64, 9)) == (0, 4) and again(lambda: dxl.write2ByteTxRx(port, 1, 0, 5)) == (0, 7)
