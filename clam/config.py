@@ -10,8 +10,8 @@ from typing import Literal
 from .core import ConfigError, digest
 
 # %% auto #0
-__all__ = ['PRESETS', 'IMAGE_MODELS', 'LAMConfig', 'HeadConfig', 'OptimConfig', 'Stage1Config', 'RegressionConfig',
-           'Stage2Config', 'SplitConfig', 'EvalConfig', 'Config', 'config_from_dict', 'preset']
+__all__ = ['LATER', 'PRESETS', 'IMAGE_MODELS', 'identity', 'LAMConfig', 'HeadConfig', 'OptimConfig', 'Stage1Config',
+           'RegressionConfig', 'Stage2Config', 'SplitConfig', 'EvalConfig', 'Config', 'config_from_dict', 'preset']
 
 # %% ../nbs/02_config.ipynb #e08b7b19
 def _positive(cfg, *names):
@@ -21,7 +21,18 @@ def _fraction(cfg, *names):
     for n in names:
         if not 0 <= getattr(cfg, n) <= 1: raise ConfigError(f"{type(cfg).__name__}.{n} must lie in [0, 1]", got=getattr(cfg, n))
 
-# %% ../nbs/02_config.ipynb #1cafbfd3
+# %% ../nbs/02_config.ipynb #47e14d98
+LATER = {"later": True} # marks a field that came after results were stored
+
+def identity(cfg) -> dict:
+    "`dataclasses.asdict` without marked fields at their default: what a digest covers."
+    out = {}
+    for f in dataclasses.fields(cfg):
+        v = getattr(cfg, f.name)
+        if not (f.metadata.get("later") and v == f.default): out[f.name] = identity(v) if dataclasses.is_dataclass(v) else v
+    return out
+
+# %% ../nbs/02_config.ipynb #5156cdbd
 @dataclass(frozen=True)
 class LAMConfig:
     "Inverse and forward model (paper section 3.1, Tables 11-12)."
@@ -49,8 +60,9 @@ class LAMConfig:
     conv_width: int = 4               # channels of the convolutional model, in eighths of the first block's 32 (or quarters of IMPALA's 64)
     conv_norm: Literal["group","batch"] = "group" # the official code uses batch statistics
     quantise: Literal["none","vq-repo","vq-lapo","fsq","residual"] = "none" # discrete latents, the Disc. arms of Tables 2 and 6; presets in `clam.models.quantise`
+    frame_stack: int = field(default=1, metadata=LATER) # pictures that make one observation, side by side in its channels; Table 14 stacks 3, the official image configuration 1
     def __post_init__(self):
-        _positive(self, "latent_dim", "hidden_dim", "n_hidden", "d_model", "n_heads", "n_layers", "d_ff", "max_positions", "patch", "conv_width")
+        _positive(self, "latent_dim", "hidden_dim", "n_hidden", "d_model", "n_heads", "n_layers", "d_ff", "max_positions", "patch", "conv_width", "frame_stack")
         _fraction(self, "dropout")
         if self.n_extra_context < 0: raise ConfigError("LAMConfig.n_extra_context must be 0 or more", got=self.n_extra_context)
         if self.d_model % self.n_heads: raise ConfigError("LAMConfig.d_model must be a multiple of n_heads", got=f"d_model={self.d_model}, n_heads={self.n_heads}")
@@ -114,13 +126,14 @@ class RegressionConfig:
     autocast: Literal["auto","float32","bfloat16"] = "float32" # `auto`: bfloat16 where the processor has it
     def __post_init__(self): _positive(self, "updates", "batch")
 
-# %% ../nbs/02_config.ipynb #c8dd437d
+# %% ../nbs/02_config.ipynb #c971c173
 @dataclass(frozen=True)
 class Stage2Config(RegressionConfig):
     "The latent policy (paper section 3.2). Updates and batch are not stated there; these are the official code's."
     updates: int = 400_000            # gradient updates
     batch: int = 128                  # transitions an update
     decoded_weight: float = 0.0       # weight of a second error, between the decoded latents: distances in z that the decoder ignores then count less; not in the paper
+    policy_init: Literal["scratch","idm-frozen","idm-finetuned"] = field(default="scratch", metadata=LATER) # pictures: the policy's encoder is its own, or the inverse model's, frozen or trained on (paper section 3.2)
     def __post_init__(self):
         super().__post_init__()
         if self.decoded_weight < 0: raise ConfigError("Stage2Config.decoded_weight must be 0 or more", got=self.decoded_weight)
@@ -149,7 +162,7 @@ class EvalConfig:
     workers: int = 0                  # processes; 0 = one for each processor
     def __post_init__(self): _positive(self, "episodes")
 
-# %% ../nbs/02_config.ipynb #d6d859a4
+# %% ../nbs/02_config.ipynb #00d2d274
 @dataclass(frozen=True)
 class Config:
     "Everything a run needs, as one nested record."
@@ -169,7 +182,7 @@ class Config:
     def __post_init__(self):
         if self.history_as_change and not self.standardise: raise ConfigError("history_as_change needs standardise", got=f"history_as_change={self.history_as_change}, standardise={self.standardise}")
     @property
-    def digest(self) -> str: return digest(dataclasses.asdict(self)) # identifies the configuration
+    def digest(self) -> str: return digest(identity(self)) # identifies the configuration
     def replace(self, **changes) -> Config:
         "Copy with changes; nested fields as `lam__latent_dim=8`."
         nested = {}

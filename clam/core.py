@@ -102,7 +102,7 @@ def check_episode(ep: Episode, where: str="episode", obs_limit: float=1e6, act_l
     if ep.frames is not None and ep.frames.dtype != np.uint8: raise DatasetError("frames have the wrong dtype", ep.frames.dtype, "uint8", fix="store raw pixels; scaling happens in one place later", where=where)
     return ep
 
-# %% ../nbs/00_core.ipynb #9bcafe18
+# %% ../nbs/00_core.ipynb #2e94abaa
 @dataclass(frozen=True)
 class Spec:
     "Shapes and scales of an environment or dataset."
@@ -119,6 +119,8 @@ class Spec:
         if self.return_range is None: return None
         lo, hi = self.return_range
         return (np.asarray(r, float)-lo)/(hi-lo)
+    def normalised_spread(self, s): # of a standard deviation or a width: divided by the range, not shifted
+        return None if self.return_range is None else np.asarray(s, float)/(self.return_range[1]-self.return_range[0])
 
 # %% ../nbs/00_core.ipynb #3c20cd04
 def project_root() -> Path:

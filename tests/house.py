@@ -21,6 +21,7 @@ NEVER = {"nbdev", "fastcore", "execnb", "ghapi", "pytest", "nbformat", "nbclient
 ONLY = {**{m: {"widgets"} for m in VIEWS}, **{m: {"envs", "collect", "robot"} for m in SIMULATORS}}   # these packages, only in these rooms
 LIGHT = {"numpy", "tqdm"}                         # all that core, testing, config and toy may import from outside
 DISTRIBUTION = {"sklearn": "scikit-learn", "zmq": "pyzmq", "umap": "umap-learn", "imageio_ffmpeg": "imageio-ffmpeg", "PIL": "pillow", "serial": "pyserial"} # where import and package differ
+SHARED = {89, 90}                                 # numbers that several notebooks may have
 MAX_CELL, MAX_EXPORTED, MAX_KB, MAX_STORY_KB = 60, 350, 200, 400 # a story (91-99) stores more pictures
 
 # ---------------------------------------------------------------- notebooks
@@ -59,7 +60,7 @@ def check_names(nbs) -> list[str]:
         seen[exp] = nb.name
         if nb.number is None or nb.number > 90: out.append(f"{nb.name}: must not export; give it a number below 91"); continue
         if nb.name != f"{nb.number:02d}_{exp.strip('_')}.ipynb": out.append(f"{nb.name}: should be {nb.number:02d}_{exp.strip('_')}.ipynb, or default_exp be changed")
-        if nb.number in numbers and nb.number != 90: out.append(f"{nb.name}: number {nb.number} is taken by {numbers[nb.number]}")
+        if nb.number in numbers and nb.number not in SHARED: out.append(f"{nb.name}: number {nb.number} is taken by {numbers[nb.number]}")
         numbers[nb.number] = nb.name
         room = exp.split(".")[0]
         if room not in ROOMS: out.append(f"{nb.name}: no room is called {room}")

@@ -40,8 +40,8 @@ def show_table(rows: list[dict]): # a list of dicts as an aligned table
     widths = [max(len(l[i]) for l in lines) for i in range(len(keys))]
     for l in lines: print("  ".join(f"{c:<{w}}" for c, w in zip(l, widths)).rstrip())
 
-# %% ../../nbs/90_cli.command.ipynb #67fe60ff
-Model, Preset = Literal["mlp", "transformer"], Literal[PRESETS]
+# %% ../../nbs/90_cli.command.ipynb #b2ba380f
+Model, Preset = Literal["mlp", "transformer", "space_time", "conv"], Literal[PRESETS]
 
 def sound_dataset(name: str): # an opened dataset that was checked to the last byte
     from clam.data.store import check_store, open_dataset

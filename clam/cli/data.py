@@ -58,20 +58,21 @@ class DataCheck(Command):
         if not problems: print(f"{path}: sound")
         return {"path": str(path), "problems": problems}
 
-# %% ../../nbs/90_cli.data.ipynb #ec479c10
+# %% ../../nbs/90_cli.data.ipynb #f1f588b1
 @dataclass(kw_only=True)
 class DataMake(Command):
     "Run a recipe and store its episodes."
     name: Positional[str]    # recipe: metaworld/<task> or toy
     episodes: int = 1000     # episodes to collect; the paper has 1000 for each task
     frames: bool = False     # also render and store pictures
+    frame_size: int|None = None # their side in pixels; default: the environment's
     seed: int = 0            # same seed, same bytes
     out: str|None = None     # folder to make; default data/episodes/<name>
     workers: int = 0         # processes; 0 = one for each processor
     def do(self) -> dict:
         from clam.collect.recipes import make_dataset
         from clam.data.store import EpisodeStore
-        s = EpisodeStore(make_dataset(self.name, self.episodes, self.seed, self.out or data_dir("episodes", self.name), self.workers, self.frames))
+        s = EpisodeStore(make_dataset(self.name, self.episodes, self.seed, self.out or data_dir("episodes", self.name), self.workers, self.frames and (self.frame_size or True)))
         out = {"episodes": len(s), "transitions": int(s.lengths.sum()), "success_rate": float(s.succeeded.mean()), "path": str(s.path)}
         show_pairs(out)
         return out

@@ -63,7 +63,7 @@ def _rate(logs) -> float: # updates per second over a whole stage, from its logs
     seconds = sum((b["update"]-a)/b["updates_per_second"] for a, b in zip([0, *(l["update"] for l in logs)], logs))
     return logs[-1]["update"]/seconds
 
-# %% ../../nbs/90_cli.fit.ipynb #2ea0aa48
+# %% ../../nbs/90_cli.fit.ipynb #44f90bd1
 @dataclass(kw_only=True)
 class Policy(Command):
     "Relabel the unlabelled experts with a trained inverse model and clone their latents (Stage 2)."
@@ -79,6 +79,7 @@ class Policy(Command):
 class Baseline(Trains):
     "A baseline under the same protocol: bc-al clones the labelled trajectories, bc-expert labelled experts (privileged), vpt pseudo-labels."
     method: Positional[Literal["bc-al", "bc-expert", "vpt"]] # which one
+    model: Model = "mlp"            # architecture of VPT's inverse model; space_time and conv make every baseline read frames
     policy: HeadConfig              # the cloned policy
     bc: RegressionConfig            # its training
     idm: RegressionConfig           # training of VPT's inverse model
@@ -86,7 +87,7 @@ class Baseline(Trains):
     split: SplitConfig              # who may see what
     def do(self) -> dict:
         from clam.train.baselines import train_method
-        store, cfg, run = self.open(self.method, "mlp")
+        store, cfg, run = self.open(self.method if self.model == "mlp" else f"{self.method}-{self.model}", self.model)
         train_method(self.method, store, cfg, run.path, resume=self.resume)
         out = {"run": str(run.path), "action_loss": run.metrics("bc")[-1]["action_loss"]}
         show_pairs(out)

@@ -12,13 +12,13 @@ from ..core import EnvError, Spec
 # %% auto #0
 __all__ = ['Step', 'Env', 'BaseEnv', 'FakeEnv', 'register', 'env_names', 'make_env']
 
-# %% ../../nbs/20_envs.base.ipynb #279b425b
+# %% ../../nbs/20_envs.base.ipynb #f0114bba
 class Step(NamedTuple):
     "What came of one action."
     obs: np.ndarray      # [S] float32, the observation after the action
     reward: float        # summed over action repeats
     success: bool        # the task's predicate held at any simulator step of this agent step
-    done: bool           # the episode's time is up (never because of success)
+    done: bool           # the episode is over: its time is up, or a fall ended it where that was asked for (never because of success)
     info: dict           # extras of the environment, e.g. `grasp`
 
 @runtime_checkable
@@ -32,26 +32,27 @@ class Env(Protocol):
     def set_state(self, state: dict) -> np.ndarray: ...   # -> the observation of that moment
     def close(self) -> None: ...
 
-# %% ../../nbs/20_envs.base.ipynb #68dd0312
+# %% ../../nbs/20_envs.base.ipynb #685ffe3e
 class BaseEnv:
     "Step counting, action checks and `with`; subclasses fill in `_reset`, `_step` and the rest of `Env`."
     spec: Spec
     _t: int|None = None     # agent steps since reset, None before the first one
+    _ended: bool = False    # `_step` sets it where the world ends an episode before its time
     def reset(self, seed: int) -> np.ndarray:
         "Begin the episode that `seed` determines; returns obs [S] float32."
-        self._t = 0
+        self._t, self._ended = 0, False
         return self._reset(int(seed)).astype(np.float32)
 
     def step(self, action) -> Step:
         "Apply action [A], clipped to [-1, 1]. `EnvError` before `reset`, after `done`, or for a wrong shape or a non-finite number."
         if self._t is None: raise EnvError("step before reset", fix="call reset(seed) first", where=self.spec.name)
-        if self._t >= self.spec.max_steps: raise EnvError("step after the episode's end", got=f"step {self._t+1}", expected=f"at most {self.spec.max_steps} steps", fix="call reset(seed)", where=self.spec.name)
+        if self._ended or self._t >= self.spec.max_steps: raise EnvError("step after the episode's end", got=f"step {self._t+1}", expected=f"at most {self._t if self._ended else self.spec.max_steps} steps", fix="call reset(seed)", where=self.spec.name)
         a = np.asarray(action, np.float32)      # the precision that datasets store, so a replay is exact
         if a.shape != (self.spec.act_dim,): raise EnvError("action has the wrong shape", got=list(a.shape), expected=[self.spec.act_dim], where=self.spec.name)
         if not np.isfinite(a).all(): raise EnvError("action is not finite", got=a.tolist(), expected="numbers in [-1, 1]", where=self.spec.name)
         obs, reward, success, info = self._step(np.clip(a, -1., 1.))
         self._t += 1
-        return Step(obs.astype(np.float32), float(reward), bool(success), self._t >= self.spec.max_steps, info)
+        return Step(obs.astype(np.float32), float(reward), bool(success), bool(self._ended or self._t >= self.spec.max_steps), info)
 
     def close(self): pass
     def __enter__(self): return self
@@ -78,8 +79,8 @@ class FakeEnv(BaseEnv):
         self._t, self.x, self.a = state["t"], state["x"].copy(), state["a"].copy()
         return np.r_[self.x, self.a].astype(np.float32)
 
-# %% ../../nbs/20_envs.base.ipynb #9e46f8f4
-_MODULES = {"toy": "clam.toy", "metaworld": "clam.envs.metaworld", "widowx": "clam.robot.sim"} # family -> module with its FAMILY
+# %% ../../nbs/20_envs.base.ipynb #28ed22c9
+_MODULES = {"toy": "clam.toy", "metaworld": "clam.envs.metaworld", "mujoco": "clam.envs.gym", "dmc": "clam.envs.dmc", "widowx": "clam.robot.sim"} # family -> module with its FAMILY
 _FAMILIES: dict[str, tuple[Callable, tuple]] = {}              # family -> (factory, tasks)
 
 def register(name_prefix: str, factory: Callable, tasks=()):

@@ -71,7 +71,7 @@ def _camera(model, camera): # mujoco.MjvCamera from a name of CAMERAS, a camera 
     cam.type, cam.lookat[:], cam.distance, cam.azimuth, cam.elevation = mujoco.mjtCamera.mjCAMERA_FREE, c["lookat"], c["distance"], c["azimuth"], c["elevation"]
     return cam, {"camera": {k: list(v) if k == "lookat" else v for k, v in c.items()}}
 
-# %% ../../nbs/21_envs.rendering.ipynb #9016a8b9
+# %% ../../nbs/21_envs.rendering.ipynb #b497e73b
 class FrameRenderer:
     "`renderer(data) -> [height, width, 3] uint8` for one MuJoCo model; `settings` records how."
     def __init__(self, model, width: int=84, height: int=84,
@@ -99,6 +99,7 @@ class FrameRenderer:
         import mujoco
         if self._gl is None: raise EnvError("renderer is closed", fix="make a new one")
         self._gl.make_current()
+        for i in range(self.model.nhfield): mujoco.mjr_uploadHField(self.model, self.context, i)     # a task may have made new terrain
         mujoco.mjv_updateScene(self.model, data, self.option, None, self.camera, mujoco.mjtCatBit.mjCAT_ALL, self.scene)
         mujoco.mjr_render(self.rect, self.scene, self.context)
         img = np.empty((self.rect.height, self.rect.width, 3), np.uint8); mujoco.mjr_readPixels(img, None, self.rect, self.context)

@@ -60,7 +60,7 @@ def missed(env, tracks, actions, unit=1.) -> Interval:
         if (all_of_it := miss(np.tile(dull, (len(act), 1)))) > 0: shares.append(miss(act)/all_of_it)
     return bootstrap_mean(shares) if shares else Interval(*[float("nan")]*3, 0)
 
-# %% ../../nbs/66_evaluate.ladder.ipynb #151d6657
+# %% ../../nbs/66_evaluate.ladder.ipynb #a4286fb1
 UPDATES = 5000
 
 def refit_decoder(run, view, seed: int=0):
@@ -69,7 +69,7 @@ def refit_decoder(run, view, seed: int=0):
     data, positional = WindowData(view, run.normaliser, cfg.lam.n_extra_context), torch.as_tensor(run.normaliser.positional)
     def draw(idx):
         b = data.batch(idx)
-        with torch.no_grad(): return (lam.label(augmented(b.win, s1, positional), b.t),), b.act
+        with torch.no_grad(): return (lam.label(augmented(b.win, s1, positional), *b.inputs[1:]),), b.act
     reg = RegressionConfig(updates=min(UPDATES, max(1, s1.updates//s1.decoder_every)), batch=s1.labelled_batch, optim=s1.decoder_optim, autocast=s1.autocast)
     with seed_everything(sub_seed(seed, "refit")):
         decoder = run.new_decoder(); state, step = regression(decoder, draw, len(data), reg, sub_seed(seed, "refit"))
@@ -182,7 +182,7 @@ class _Case:
         if drift > DRIFT: return f"within five steps the replayed experts are {drift:.2g} deviations away from the record: the environment, the seeds or the alignment of the actions is not that of the dataset"
         return f"the replayed experts lose {lost:.2f} of their success" if lost > TOLERANCE else None
 
-# %% ../../nbs/66_evaluate.ladder.ipynb #d4e1f155
+# %% ../../nbs/66_evaluate.ladder.ipynb #90fc7932
 def _decoded(case: _Case, label, says: str) -> tuple[list, dict]: # the rungs along the experts, from `label(win, t) -> [B, A]`
     win, t, _ = _windows(case.run, case.experts); act = _in_chunks(label, win, t)
     decoded = case.along("decoded", f"{says}, put back to the expert's state at each step", act, 1, case.missed(act))
@@ -192,7 +192,7 @@ def _decoded(case: _Case, label, says: str) -> tuple[list, dict]: # the rungs al
 def _clam(case: _Case, store, seed: int) -> tuple[list, dict, tuple]: # rungs, checks, verdict
     run = case.run; lam, policy, run_decoder = run.lam(), run.policy(), run.decoder(); win, t, _ = _windows(run, case.experts)
     z = torch.from_numpy(_in_chunks(lam.label, win, t)); read = lambda d: case.missed(d(z).numpy())
-    (decoded, replay), checks = _decoded(case, lambda w, s: run_decoder(lam.label(w, s)), "decoded latents of true transitions")
+    (decoded, replay), checks = _decoded(case, lambda *seen: run_decoder(lam.label(*seen)), "decoded latents of true transitions")
     best = refit_decoder(run, store.take(run.splits.unlabelled), seed); case.bar.update()
     full = case.closed("all_labels", "the latent policy, decoder fitted on all labels", Agent(policy, run.normaliser, best))
     last = case.closed("policy", "the latent policy, the run's decoder", Agent(policy, run.normaliser, run_decoder))
@@ -204,7 +204,7 @@ def _clam(case: _Case, store, seed: int) -> tuple[list, dict, tuple]: # rungs, c
     checks |= {"lost": told["lost"], "repaired": told["repaired"], "latents_missed": told["best"], "own_labels": own}
     return [case.expert, decoded, replay, full, last], checks, blame(**told)
 
-# %% ../../nbs/66_evaluate.ladder.ipynb #e848e0b1
+# %% ../../nbs/66_evaluate.ladder.ipynb #3f0eb846
 def _others(case: _Case) -> tuple[list, dict, tuple]: # VPT and plain cloning
     run = case.run; idm = run.idm() if run.method == "vpt" else None
     along, checks = _decoded(case, idm, "the inverse model's actions of true transitions") if idm else ([], {})
@@ -225,13 +225,14 @@ def ladder(
     run, store = _open(run, store)
     if episodes < 2 or segment < 1: raise ConfigError("a ladder needs at least two episodes and segments of at least one step", got=f"episodes={episodes}, segment={segment}")
     if not run.finished("policy"): raise CheckpointError("policy is not trained yet", got=run.weights() or "nothing", fix="run `clam policy` first", where=str(run.path))
+    if store.obs is None: raise DatasetError("the ladder compares states", got="frames only", expected="obs beside the frames", where=store.name)
     experts = _held(run, store, view, actions=True); n = len(experts)
     experts = experts.take(np.sort(np.random.default_rng(sub_seed(seed, "ladder")).permutation(n)[:episodes]))
     notes = (f"only {n} episodes in `{view}`",) if n < episodes else ()
     about = dict(name=run.path.name, method=run.method, env=env or run.spec.name, seeds=[m.get("seed") for m in experts.notes])
     threads = torch.get_num_threads(); torch.set_num_threads(1)
     try:
-        with make_env(about["env"]) as world, progress(desc=f"ladder of {run.path.name}", quiet=quiet) as bar:
+        with make_env(about["env"], **({"render_size": run.normaliser.shape[0]} if run.reads == "frames" else {})) as world, progress(desc=f"ladder of {run.path.name}", quiet=quiet) as bar:
             case = _Case(world, run, experts, segment, bar)
             if (why := case.broken()) is not None: return LadderResult("environment", why, [case.expert], {}, **about, measure=case.measure, notes=notes)
             rungs, checks, (stage, why) = _clam(case, store, seed) if run.method == "clam" else _others(case)

@@ -12,8 +12,8 @@ from ..train.checkpoint import Run
 from ..train.loop import WindowData
 
 # %% auto #0
-__all__ = ['SLICES', 'Ridge', 'cross_predict', 'hand_features', 'plain_features', 'ridge_floor', 'prediction_misses',
-           'recon_table', 'recon_vs_cheat', 'linear_probe', 'inferred_actions', 'decoded_action_r2']
+__all__ = ['SLICES', 'MOVED', 'Ridge', 'cross_predict', 'hand_features', 'plain_features', 'ridge_floor', 'prediction_misses',
+           'recon_table', 'thumbnails', 'recon_vs_cheat', 'linear_probe', 'inferred_actions', 'decoded_action_r2']
 
 # %% ../../nbs/62_evaluate.probes.ipynb #54107a6c
 class Ridge:
@@ -60,17 +60,27 @@ def _scores(y, pred, episode) -> dict: # R2 in total, with its interval over epi
     i = r2_interval(y, pred, episode)
     return {"r2": i.mean, "r2_ci95": i.ci, "nmse": 1-i.mean, "per_dim": r2(y, pred).tolist(), "episodes": i.n}
 
-# %% ../../nbs/62_evaluate.probes.ipynb #8a5c1ead
+# %% ../../nbs/62_evaluate.probes.ipynb #16b52ea2
 SLICES = {"metaworld": {"now": slice(0, 18)}}   # named parts of the observation reported beside the whole
 
+def _size(win, chunk: int=8192) -> int: # windows looked at in one go, fewer where they are pictures
+    return win.chunk if isinstance(win, WindowData) else chunk if win.ndim == 3 else max(8, min(chunk, 2**22//max(1, win[:1].numel())))
+
+def _pieces(win, t, chunk: int=8192): # what a model is called with, some windows at a time: (win, t), with (win, t, hand) where it asks for the hand
+    n = _size(win, chunk)
+    if isinstance(win, WindowData): return (win.batch(b).inputs for b in torch.arange(len(win)).split(n))
+    return zip(win.split(n), t.split(n))
+
 @torch.no_grad()
-def prediction_misses(lam, win, t, seed: int=0, chunk: int=8192) -> dict[str, np.ndarray]:
-    "Prediction minus truth of o_{t+1}, `[N, S]`, from normalised windows `[N, W, S]`: with the true z (`recon`), of the `cheat` o_t, and with z shuffled, averaged and zeroed. The model is put in `eval()`."
-    lam.eval(); blocks = torch.arange(len(win)).split(chunk)
-    z = torch.cat([lam.encode(win[b], t[b]) for b in blocks]); other = torch.randperm(len(z), generator=torch.Generator().manual_seed(seed))
+def prediction_misses(lam, win, t, seed: int=0, chunk: int=8192, keep=None) -> dict[str, np.ndarray]:
+    """Prediction minus truth of o_{t+1}, `[N, S]`, from normalised windows `[N, W, S]`: with the true z (`recon`), of the `cheat` o_t, and with z shuffled, averaged and zeroed. The model is put in `eval()`.
+    `win` may be `WindowData`; `keep(miss, win)` says what is kept of each block of pictures."""
+    lam.eval(); keep = keep or (lambda miss, w: miss)
+    z = torch.cat([lam.encode(*p) for p in _pieces(win, t, chunk)]); other = torch.randperm(len(z), generator=torch.Generator().manual_seed(seed))
     variants = {"recon": z, "shuffled_z": z[other], "mean_z": z.mean(0, keepdim=True).expand_as(z), "zero_z": torch.zeros_like(z)}
-    miss = lambda v: torch.cat([lam.predict(context(win[b]), v[b], t[b])[:, -1]-nxt(win[b]) for b in blocks]).numpy()
-    return {"cheat": (current(win)-nxt(win)).numpy(), **{name: miss(v) for name, v in variants.items()}}
+    predict = lambda w, s, hand, v: lam.predict(context(w), v, s, *(h[:, :-1] for h in hand))[:, -1]
+    miss = lambda v: torch.cat([keep(predict(w, s, hand, x)-nxt(w), w) for (w, s, *hand), x in zip(_pieces(win, t, chunk), v.split(_size(win, chunk)))]).numpy()
+    return {"cheat": torch.cat([keep(current(w)-nxt(w), w) for w, *_ in _pieces(win, t, chunk)]).numpy(), **{name: miss(v) for name, v in variants.items()}}
 
 # %% ../../nbs/62_evaluate.probes.ipynb #1c97e5fb
 def _ratio(misses, episode) -> dict: # mean squares over [N, D], recon/cheat with its interval over episodes
@@ -86,7 +96,7 @@ def recon_table(misses, episode, unit=1., raw=None, slices=None) -> dict:
     return {**_ratio(scaled, episode), "raw": _ratio(raw or misses, episode), "slices": {name: _ratio({n: m[:, s] for n, m in scaled.items()}, episode) for name, s in (slices or {}).items()},
         "per_dim": {n: np.square(scaled[n], dtype=float).mean(0).tolist() for n in ("recon", "cheat")}, "windows": len(episode), "episodes": len(np.unique(episode))}
 
-# %% ../../nbs/62_evaluate.probes.ipynb #0f0d8c1a
+# %% ../../nbs/62_evaluate.probes.ipynb #469f2ee1
 def _open(run, store): # Run and dataset; the dataset from where it lay when it was trained on
     run = Run(run); return run, run.dataset() if store is None else run.check_data(store)
 
@@ -98,40 +108,59 @@ def _held(run: Run, store, view: str, actions: bool=False): # a named set of epi
     if not len(v := get[view](actions)): raise DatasetError(f"the set `{view}` is empty", fix="raise split.heldout_fraction", where=store.name)
     return v
 
-def _windows(run: Run, view): # all windows [N, W, S], t [N], episode [N]
+def _windows(run: Run, view): # all windows [N, W, S], t [N], episode [N]; pictures stay in their WindowData
     H = run.config.lam.n_extra_context; data = WindowData(view, run.normaliser, H)
-    return data.windows(torch.arange(len(data))), data.t, window_index(view.lengths, H).episode
+    return data if data.pictures else data.windows(torch.arange(len(data))), data.t, window_index(view.lengths, H).episode
+
+MOVED = 7.5/255 # a pixel that changes by more than this from o_t to o_{t+1} counts as moving
+
+def _pixel_misses(channels: int): # for `prediction_misses`: [B, C, Hh, Ww] -> [B, 2], root mean squares of the newest frame, over all pixels and over those that move
+    def keep(miss, win):
+        square, step = (x[:, -channels:] for x in (miss.square(), nxt(win)-current(win)))
+        moving = (step.abs().amax(1, keepdim=True) > MOVED).expand_as(square).float()
+        return torch.stack([square.flatten(1).mean(1), (square*moving).flatten(1).sum(1)/moving.flatten(1).sum(1).clamp(min=1)], 1).sqrt()
+    return keep
+
+def thumbnails(pics, side: int=8) -> np.ndarray: # [B, C, Hh, Ww] -> [B, C*side*side], what probes read of a picture
+    return torch.nn.functional.adaptive_avg_pool2d(pics, min(side, pics.shape[-1])).flatten(1).numpy()
 
 def recon_vs_cheat(run, store=None, view: str="heldout") -> dict:
     "Reconstruction against the cheat loss and the z ablations on the windows of `view` (`heldout`, `heldout_expert` or `expert`); no actions are read. See `recon_table` for what is returned."
     run, store = _open(run, store); lam, norm = run.lam(), run.normaliser
-    win, t, episode = _windows(run, _held(run, store, view)); misses = prediction_misses(lam, win, t, run.config.seed)
+    win, t, episode = _windows(run, _held(run, store, view))
+    if run.reads == "frames":
+        misses = prediction_misses(lam, win, t, run.config.seed, keep=_pixel_misses(norm.shape[2]))
+        part = lambda i: {n: m[:, i:i+1] for n, m in misses.items()}
+        return {"view": view, **recon_table(part(0), episode), "slices": {"moving": _ratio(part(1), episode)}}
+    misses = prediction_misses(lam, win, t, run.config.seed)
     zero = norm.undo(np.zeros_like(norm.mean)); raw = {n: norm.undo(m)-zero for n, m in misses.items()}    # undo is affine: this takes its shift off again
     return {"view": view, **recon_table(misses, episode, lam.step_std.numpy(), raw, SLICES.get(store.spec.name.split("/")[0]))}
 
-# %% ../../nbs/62_evaluate.probes.ipynb #e9ce2278
+# %% ../../nbs/62_evaluate.probes.ipynb #8de18481
 @torch.no_grad()
-def _in_chunks(fn, win, t) -> np.ndarray: return torch.cat([fn(w, s) for w, s in zip(win.split(8192), t.split(8192))]).numpy()
+def _in_chunks(fn, win, t) -> np.ndarray: return torch.cat([fn(*p) for p in _pieces(win, t)]).numpy()
+
+def _now(w, *_): o = current(w); return o if o.ndim == 2 else torch.from_numpy(thumbnails(o)) # o_t as probes read it
 
 def linear_probe(run, store=None, view: str="heldout", folds: int=5, penalty: float=1.) -> dict:
-    "R2 and NMSE of ridge probes z->a (`z`), o->a (`o`, the floor) and (o, z)->a (`oz`), cross-validated by episode, with intervals over episodes; `gain` is what z adds to o. DIAGNOSTIC: uses true actions."
+    "R2 and NMSE of ridge probes z->a (`z`), o->a (`o`, the floor) and (o, z)->a (`oz`), cross-validated by episode, with intervals over episodes; `gain` is what z adds to o. Of pictures the probes read 8x8 `thumbnails`. DIAGNOSTIC: uses true actions."
     run, store = _open(run, store)
     v = _held(run, store, view, actions=True); win, t, episode = _windows(run, v); act = np.asarray(v.act)
-    z, o = _in_chunks(run.lam().label, win, t), current(win).numpy()
+    z, o = _in_chunks(run.lam().label, win, t), _in_chunks(_now, win, t)
     out = {name: _scores(act, cross_predict(X, act, episode, folds, penalty), episode) for name, X in (("z", z), ("o", o), ("oz", np.hstack([o, z])))}
     return {"view": view, **out, "gain": out["oz"]["r2"]-out["o"]["r2"]}
 
-# %% ../../nbs/62_evaluate.probes.ipynb #eab0b70e
+# %% ../../nbs/62_evaluate.probes.ipynb #890605dc
 def inferred_actions(run, view) -> np.ndarray:
     "What the run's inverse model says was done at each transition of `view`: `[N, A]`; decoder(IDM) for CLAM, the IDM for VPT. Reads no actions."
     run = Run(run); win, t, _ = _windows(run, view)
     if run.method == "vpt": return _in_chunks(run.idm(), win, t)
     if not run.finished("lam", "decoder"): raise CheckpointError("run has no inverse model to read actions with", got=run.method, expected="a CLAM or VPT run", where=str(run.path))
     lam, decoder = run.lam(), run.decoder()
-    return _in_chunks(lambda w, s: decoder(lam.label(w, s)), win, t)
+    return _in_chunks(lambda *seen: decoder(lam.label(*seen)), win, t)
 
 def decoded_action_r2(run, store=None, views=("expert", "heldout_expert", "heldout")) -> dict:
-    "R2 of `inferred_actions` against the true ones, per action dimension, for each set of episodes, and the `floor` of `ridge_floor`. DIAGNOSTIC: uses true actions."
+    "R2 of `inferred_actions` against the true ones, per action dimension, for each set of episodes, and for states the `floor` of `ridge_floor`. DIAGNOSTIC: uses true actions."
     run, store = _open(run, store)
     score = lambda v: _scores(np.asarray(v.act), inferred_actions(run, v), window_index(v.lengths, 0).episode)
-    return {**{name: score(_held(run, store, name, actions=True)) for name in views}, "floor": ridge_floor(store, run.splits)}
+    return {**{name: score(_held(run, store, name, actions=True)) for name in views}, **({"floor": ridge_floor(store, run.splits)} if run.reads == "states" else {})}

@@ -60,7 +60,7 @@ class ImpalaEncoder(nn.Module):
 
 ENCODERS = {"conv": ConvEncoder, "impala": ImpalaEncoder}
 
-# %% ../../nbs/41_models.conv.ipynb #d4db7e4a
+# %% ../../nbs/41_models.conv.ipynb #20d38c74
 EMBED_DIM = 128 # paper Table 11
 
 class ConvIDM(nn.Module):
@@ -73,7 +73,8 @@ class ConvIDM(nn.Module):
         self.cfg = cfg
         self.encoder = ENCODERS[cfg.image_encoder](cfg.window*shape[0]*(1+(cfg.idm_input == "difference")), side, EMBED_DIM, cfg.conv_width, cfg.conv_norm)
         self.head = nn.Linear(EMBED_DIM, cfg.latent_dim)
-    def forward(self, win, t=None): return self.head(self.encoder(rearrange(picture_features(win, self.cfg), "b w c h v -> b (w c) h v")))[:, None]
+    def features(self, win, t=None): return self.encoder(rearrange(picture_features(win, self.cfg), "b w c h v -> b (w c) h v")) # [B, EMBED_DIM], what policies may reuse
+    def forward(self, win, t=None): return self.head(self.features(win))[:, None]
 
 # %% ../../nbs/41_models.conv.ipynb #67ed9cf4
 class ConvFDM(nn.Module):

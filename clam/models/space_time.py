@@ -75,7 +75,7 @@ class HandState(nn.Module):
         self.embed, self.mix = nn.Linear(HAND_DIM, d), nn.Linear(2*d, d)
     def forward(self, x, hand): return self.mix(torch.cat([x, repeat(self.embed(hand), "b t d -> b t n d", n=x.shape[2])], -1))
 
-# %% ../../nbs/40_models.space_time.ipynb #adcebcec
+# %% ../../nbs/40_models.space_time.ipynb #bc6b6346
 class SpaceTimeIDM(nn.Module):
     "Inverse dynamics: `win [B, W, C, Hh, Ww]`, `t [B]`, `hand [B, W, 4]` if `cfg.hand_state` -> `z [B, W-1, Z]` (paper Appendix G.3)."
     step_std = 1. # pixels have one unit
@@ -90,13 +90,16 @@ class SpaceTimeIDM(nn.Module):
         self.blocks = nn.ModuleList(SpaceTimeBlock(cfg, cfg.spare_weights) for _ in range(cfg.n_layers))
         self.head = nn.Linear(d, cfg.latent_dim)
 
-    def forward(self, win, t=None, hand=None):
+    def _tokens(self, win, t, hand, last: int|None): # [B, W, N+1, D] after all blocks; the last one gives only its first `last` tokens
         x = self.embed(patchify(picture_features(win, self.cfg), self.cfg.patch))
         x = torch.cat([self.token.expand(*x.shape[:2], 1, self.d).to(x.dtype), x], 2)
         if self.hand is not None: x = self.hand(x, hand)
         pos = self.places(frame_index(t, self.cfg, win.device))
-        for i, block in enumerate(self.blocks): x = block(x, pos, tokens=1 if i+1 == len(self.blocks) else None)
-        return self.head(x[:, 1:, 0])
+        for i, block in enumerate(self.blocks): x = block(x, pos, tokens=last if i+1 == len(self.blocks) else None)
+        return x
+    def forward(self, win, t=None, hand=None): return self.head(self._tokens(win, t, hand, 1)[:, 1:, 0])
+    def features(self, win, t=None): # [B, N*D] all patches of the last frame, for policies
+        return rearrange(self._tokens(win, t, None, None)[:, -1, 1:], "b n d -> b (n d)")
 
 # %% ../../nbs/40_models.space_time.ipynb #4118ad32
 class SpaceTimeFDM(nn.Module):

@@ -13,7 +13,7 @@ from .loop import WindowData
 # %% auto #0
 __all__ = ['labelling', 'label_windows', 'relabel', 'relabelled']
 
-# %% ../../nbs/54_train.relabel.ipynb #bd686872
+# %% ../../nbs/54_train.relabel.ipynb #b06fb221
 @contextlib.contextmanager
 def labelling(module):
     "`eval()` and inference mode inside the block; the training flag is put back afterwards."
@@ -22,9 +22,9 @@ def labelling(module):
         with torch.inference_mode(): yield module
     finally: module.train(was)
 
-def label_windows(module, label, data: WindowData, batch: int=4096) -> np.ndarray: # `label(win, t)` is `lam.label` or an inverse model
+def label_windows(module, label, data: WindowData, batch: int|None=None) -> np.ndarray: # `label(win, t)` is `lam.label` or an inverse model; `batch` windows at a time, default what fits
     "Labels of all transitions of `data`, in order: [N, Z] float32."
-    with labelling(module): out = [label(b.win, b.t) for b in map(data.batch, torch.arange(len(data), device=data.device).split(batch))]
+    with labelling(module): out = [label(*b.inputs) for b in map(data.batch, torch.arange(len(data), device=data.device).split(batch or data.chunk))]
     return torch.cat(out).float().cpu().numpy()
 
 # %% ../../nbs/54_train.relabel.ipynb #48cdf9e4

@@ -14,7 +14,7 @@ from .losses import action_loss, cheat_loss, grad_norm, recon_loss
 # %% auto #0
 __all__ = ['JointStep', 'train_stage1']
 
-# %% ../../nbs/53_train.stage1.ipynb #195d8b8a
+# %% ../../nbs/53_train.stage1.ipynb #61253c25
 class JointStep:
     "`step(i)`: update `i` of Algorithm 1. Returns `recon_loss`, `cheat_loss`, on labelled updates `action_loss`, now and then gradient norms."
     def __init__(self, lam, decoder, unlabelled: WindowData, labelled: WindowData|None, cfg: Stage1Config, seed: int, positional=None, grad_every: int|None=None):
@@ -31,12 +31,12 @@ class JointStep:
 
     def reconstruct(self): # -> recon, cheat on a fresh batch, and what a quantiser has to say
         b, unit = self.unlabelled.batch(self.draw.next()), self.lam.step_std
-        with self.amp(): out = self.lam(b.win, b.t)
+        with self.amp(): out = self.lam(*b.inputs)
         return recon_loss(out.pred, b.win, unit), cheat_loss(b.win, out.pred.shape[1], unit), out.aux
 
     def ground(self): # -> action loss on a fresh labelled batch: IDM and decoder only
         b = self.labelled.batch(self.draw_labelled.next())
-        with self.amp(): act = self.decoder(self.lam.label(augmented(b.win, self.cfg, self.positional), b.t))
+        with self.amp(): act = self.decoder(self.lam.label(augmented(b.win, self.cfg, self.positional), *b.inputs[1:]))
         return action_loss(act, b.act)
 
     def __call__(self, i: int) -> dict:
@@ -52,13 +52,13 @@ class JointStep:
         if grounded: self.opt_decoder.step(i)
         return {"recon_loss": recon.detach(), "cheat_loss": cheat, **{k: v.detach() for k, v in aux.items()}, **out}
 
-# %% ../../nbs/53_train.stage1.ipynb #2f8d149d
+# %% ../../nbs/53_train.stage1.ipynb #d44f1575
 def _decoder_stage(run: Run, labelled: WindowData, device, callbacks, loop) -> bool: # the -JT arm's second half: decoder on frozen latents
     cfg = run.config; s1 = cfg.stage1; lam = run.lam(device)
     with seed_everything(sub_seed(cfg.seed, "decoder")): decoder = run.new_decoder().to(device)
     def draw(idx):
         b = labelled.batch(idx)
-        with torch.no_grad(): return (lam.label(b.win, b.t),), b.act
+        with torch.no_grad(): return (lam.label(*b.inputs),), b.act
     reg = RegressionConfig(updates=max(1, s1.updates//s1.decoder_every), batch=s1.labelled_batch, optim=s1.decoder_optim, autocast=s1.autocast)
     state, step = regression(decoder, draw, len(labelled), reg, sub_seed(cfg.seed, "decoder"), "action_loss", device)
     done = train_stage(run, "decoder", state, step, reg.updates, callbacks, **loop)
@@ -68,7 +68,7 @@ def _decoder_stage(run: Run, labelled: WindowData, device, callbacks, loop) -> b
 def _lam_stage(run: Run, unlabelled: WindowData, labelled: WindowData, device, callbacks, loop) -> bool: # Algorithm 1
     cfg = run.config; s1 = cfg.stage1
     with seed_everything(sub_seed(cfg.seed, "lam")): lam, decoder = run.new_lam().to(device), run.new_decoder().to(device)
-    lam.fit_steps(unlabelled.windows(torch.arange(0, len(unlabelled), max(1, len(unlabelled)//100_000), device=device)))
+    if cfg.lam.step_units: lam.fit_steps(unlabelled.windows(torch.arange(0, len(unlabelled), max(1, len(unlabelled)//100_000), device=device)))
     step = JointStep(lam.train(), decoder.train(), unlabelled, labelled if s1.joint else None, s1, cfg.seed, run.normaliser.positional)
     done = train_stage(run, "stage1", step.state(), step, s1.updates, callbacks, **loop)
     if done: end_stage(run, "stage1", lam=lam, **({"decoder": decoder} if s1.joint else {}))

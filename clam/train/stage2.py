@@ -15,14 +15,15 @@ from .relabel import relabel
 # %% auto #0
 __all__ = ['fit_policy', 'decoded_error', 'train_stage2']
 
-# %% ../../nbs/55_train.stage2.ipynb #34e0552b
-def fit_policy(run: Run, stage: str, cfg: RegressionConfig, view, target, name: str, device="cpu", callbacks=(), loop=None, extra=None) -> bool:
-    "Fit the run's policy to `target [N, D]` from the current observation of each transition of `view`. Hold the lock."
-    obs = WindowData(view.without_actions(), run.normaliser, 0, device).current()
+# %% ../../nbs/55_train.stage2.ipynb #e4090a47
+def fit_policy(run: Run, stage: str, cfg: RegressionConfig, view, target, name: str, device="cpu", callbacks=(), loop=None, extra=None, prepare=None) -> bool:
+    "Fit the run's policy to `target [N, D]` from the current observation of each transition of `view`; `prepare(policy)` may fill in weights first. Hold the lock."
+    data = WindowData(view.without_actions(), run.normaliser, 0, device)
     target = torch.as_tensor(np.array(target, np.float32), device=device)
     with seed_everything(sub_seed(run.config.seed, stage)): policy = run.new_policy().to(device)
-    draw = lambda idx: ((obs.index_select(0, idx),), target.index_select(0, idx))
-    state, step = regression(policy, draw, len(obs), cfg, sub_seed(run.config.seed, stage), name, device, extra)
+    if prepare: prepare(policy)
+    draw = lambda idx: ((data.current(idx),), target.index_select(0, idx))
+    state, step = regression(policy, draw, len(data), cfg, sub_seed(run.config.seed, stage), name, device, extra)
     done = train_stage(run, stage, state, step, cfg.updates, callbacks, **(loop or {}))
     if done: end_stage(run, stage, policy=policy)
     return done
@@ -37,7 +38,7 @@ def decoded_error(decoder, weight: float): # -> a second loss for `regression`, 
         return weight*mse(decoder(pred.float()), want)
     return extra
 
-# %% ../../nbs/55_train.stage2.ipynb #9814b821
+# %% ../../nbs/55_train.stage2.ipynb #e5138e0a
 def train_stage2(
     run,                  # name, path or `Run` with a finished Stage 1
     store=None,           # the run's dataset; default: from where it lay when Stage 1 was trained
@@ -52,7 +53,7 @@ def train_stage2(
     store = run.dataset() if store is None else run.check_data(store)
     with run.locked():
         if run.todo("stage2", "policy", resume=resume):
-            extra = decoded_error(run.decoder(device), run.config.stage2.decoded_weight) # without a decoder the policy could not act
-            experts = run.splits.expert_view(store)
-            fit_policy(run, "stage2", run.config.stage2, experts, np.concatenate(relabel(run, experts, device)), "latent_loss", device, callbacks, loop, extra)
+            c = run.config.stage2; extra = decoded_error(run.decoder(device), c.decoded_weight) # without a decoder the policy could not act
+            experts, eyes = run.splits.expert_view(store), None if c.policy_init == "scratch" else lambda policy: policy.idm.load_state_dict(run.lam(device).idm.state_dict())
+            fit_policy(run, "stage2", c, experts, np.concatenate(relabel(run, experts, device)), "latent_loss", device, callbacks, loop, extra, eyes)
     return run

@@ -181,7 +181,7 @@ def _close(self):
 
 Workbench.build, Workbench.close = _build, _close
 
-# %% ../../nbs/89_widgets.bench.ipynb #d1d23288
+# %% ../../nbs/89_widgets.bench.ipynb #f44852ca
 class Stills(dict):
     "Name of the tab -> what stands for it without a kernel; displays itself under headings."
     def __init__(self, head: str, parts: dict): super().__init__(parts); self.head = head
@@ -189,9 +189,9 @@ class Stills(dict):
         display(HTML(f"<p>{self.head}</p>"))
         for name, still in self.items(): display(HTML(f"<h4>{name}</h4>")); display(still)
 
-def _static(self, tabs=TABS) -> Stills:
+def _static(self, tabs=TABS, points: int=1000) -> Stills: # `points` of the map: a page must stay small
     def still(name):
-        try: s = self.part(name).static()
+        try: s = self.part(name).static(**({"max_points": points} if name == "Map" else {}))
         except (ClamError, Nothing) as e: s = message(str(e))
         return shown(s) if isinstance(s, go.Figure) else s
     return Stills(self.head, {n: still(n) for n in tabs})

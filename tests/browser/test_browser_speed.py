@@ -13,9 +13,9 @@ ins = inspect_run(data_dir("runs", "toy"))'''
 def times():
     seen = {}
     yield seen
-    PICTURES.mkdir(exist_ok=True)
-    rows = {k: {"median_s": round(statistics.median(v), 3), "goal_s": GOALS[k], "seconds": [round(x, 3) for x in v]} for k, v in seen.items()}
-    (PICTURES/"benchmark.json").write_text(json.dumps({"processors": os.cpu_count(), "load": os.getloadavg()[0], "rows": rows}, indent=1))
+    PICTURES.mkdir(exist_ok=True); f = PICTURES/"benchmark.json"
+    rows = (json.loads(f.read_text())["rows"] if f.exists() else {}) | {k: {"median_s": round(statistics.median(v), 3), "goal_s": GOALS[k], "seconds": [round(x, 3) for x in v], "load": round(os.getloadavg()[0], 1)} for k, v in seen.items()}
+    f.write_text(json.dumps({"processors": os.cpu_count(), "rows": rows}, indent=1))
 
 @pytest.fixture
 def record(times, capsys):
