@@ -34,7 +34,7 @@ def refused(result, *words): # one line, exit code 2
     for w in words: assert w in err, f"{w!r} not in {err!r}"
 
 # ---------------------------------------------------------------- help and parsing
-COMMANDS = [["data", "list"], ["data", "info"], ["data", "check"], ["data", "make"], ["params"], ["demo"], ["train"], ["policy"], ["baseline"], ["eval"], ["health"], ["ladder"], ["table"], ["bench"], ["robot", "check"], ["robot", "demo"], ["robot", "serve-sim"]]
+COMMANDS = [["data", "list"], ["data", "info"], ["data", "check"], ["data", "make"], ["params"], ["demo"], ["train"], ["policy"], ["baseline"], ["eval"], ["health"], ["ladder"], ["table"], ["bench"], ["lab"], ["robot", "check"], ["robot", "demo"], ["robot", "serve-sim"]]
 
 def test_help_is_fast_and_exits_with_0():
     done = program("--help")
@@ -89,7 +89,7 @@ def test_an_interruption_is_130(clam, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("argv, word", [([], "Expected one of"), (["trian"], "trian"), (["data", "make"], "recipe"), (["data", "make", "toy", "--episodes", "few"], "few"), (["train"], "--data"),
     (["train", "--data", "toy", "--preset", "fast"], "'quick'"), (["train", "--data", "toy", "--model", "cnn"], "'transformer'"), (["train", "--data", "toy", "--lam.latent-dim", "0"], "must be positive"),
-    (["train", "--data", "toy", "--lam.d-model", "250"], "multiple of n_heads"), (["baseline", "lapa", "--data", "toy"], "'vpt'"), (["params", "--speed", "3"], "--speed"), (["eval"], "--run")])
+    (["train", "--data", "toy", "--lam.d-model", "250"], "multiple of n_heads"), (["baseline", "gail", "--data", "toy"], "'lapa'"), (["params", "--speed", "3"], "--speed"), (["eval"], "--run")])
 def test_words_that_cannot_be_read(clam, tmp_path, argv, word): refused(clam(*argv, data=tmp_path), word)
 
 # ---------------------------------------------------------------- the small story
@@ -119,7 +119,7 @@ def test_the_small_story(story):
     lo, hi = said["eval"]["success_ci95"]; assert 0 <= lo <= said["eval"]["success"] <= hi <= 1
     assert all(np.isfinite(said["train"][k]) for k in ("recon_loss", "cheat_loss", "action_loss"))
 
-@pytest.mark.parametrize("kind", ["bc-al", "bc-expert", "vpt"])
+@pytest.mark.parametrize("kind", ["bc-al", "bc-expert", "vpt", "lapo", "lapa", "dynamo"])
 def test_baselines(clam, story, kind):
     data, _ = story
     code, said, err = clam("baseline", kind, "--data", "toy", "--preset", "tiny", "--bc.updates", 20, "--idm.updates", 20, *FAST[4:], "--run", kind, "--json", data=data)
@@ -212,3 +212,9 @@ def test_a_run_directory_in_use(clam, story):
         refused(clam("train", "--data", "toy", "--run", "r1", "--resume", *FAST, data=data), "in use")
         refused(clam("policy", "--run", "r1", data=data), "in use")
         assert tree(data) == before
+
+def test_lab_writes_a_notebook_that_opens_the_run(clam, story):
+    data, _ = story
+    code, said, err = clam("lab", "r1", "--no-open", "--json", data=data); assert code == 0, err
+    nb = json.loads(Path(said["notebook"]).read_text()); assert Path(said["notebook"]).parent == data/"runs"/"r1" and any("Workbench(" in "".join(c["source"]) for c in nb["cells"])
+    refused(clam("lab", "no-such-run", "--no-open", data=data), "no run here"); assert not (data/"runs"/"no-such-run").exists()

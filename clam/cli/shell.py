@@ -21,10 +21,10 @@ from .robot import RobotCheck, RobotDemo, RobotServeSim
 # %% auto #0
 __all__ = ['parse', 'main']
 
-# %% ../../nbs/90_cli.shell.ipynb #eb907d97
+# %% ../../nbs/90_cli.shell.ipynb #06eee12c
 def _commands(argv): # the union of all commands, with the defaults of the preset that `argv` names
     cfg = preset(_given(argv, "--preset", "quick", PRESETS), _given(argv, "--model", "mlp", get_args(Model)))
-    parts = lambda cls: {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cls) if f.name in ("lam", "decoder", "policy", "stage1", "bc", "idm", "split")}
+    parts = lambda cls: {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cls) if f.name in ("lam", "decoder", "policy", "stage1", "stage2", "bc", "idm", "split")}
     named = lambda cls, name: Annotated[cls, subcommand(name)]
     preset_of = lambda cls, name, **kw: Annotated[cls, subcommand(name, default=cls(data=tyro.MISSING, **kw, **parts(cls)))]
     data = Union[named(DataList, "list"), named(DataInfo, "info"), named(DataCheck, "check"), named(DataMake, "make"), named(DataImport, "import"), named(DataExport, "export")]

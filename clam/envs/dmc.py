@@ -46,7 +46,7 @@ def slices(observation: dict) -> dict[str, slice]:
     for k in sorted(observation): n = np.size(observation[k]); out[k] = slice(at, at+n); at += n
     return out
 
-# %% ../../nbs/24_envs.dmc.ipynb #80ac50c3
+# %% ../../nbs/24_envs.dmc.ipynb #1b047125
 _PLAIN = (bool, int, float, str, type(None), np.generic, np.ndarray)
 
 class DmcEnv(MujocoWorld):
@@ -55,7 +55,7 @@ class DmcEnv(MujocoWorld):
         task: str,                      # one of `ALL_TASKS`, e.g. `cheetah-run`
         max_steps: int=1000,            # steps per episode
         render_size: int=84,            # height and width of `render()`
-        camera: str|dict|None=None,     # default: the model's first
+        camera: str|dict|None=None,     # default `clam.envs.gym.default_camera`
     ):
         if task not in ALL_TASKS: raise EnvError("unknown task of the suite", got=repr(task), expected=f"one of {', '.join(ALL_TASKS)}")
         domain, _, name = task.partition("-")

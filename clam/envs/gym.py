@@ -59,11 +59,12 @@ def _set_state(self, state: dict) -> np.ndarray:
     return self._obs.astype(np.float32)
 MujocoWorld.get_state, MujocoWorld.set_state = _get_state, _set_state
 
-# %% ../../nbs/23_envs.gym.ipynb #1e450e4f
+# %% ../../nbs/23_envs.gym.ipynb #20f8b169
 def default_camera(model) -> str|dict:
-    "The model's camera `track`, else its first named one, else a free camera that sees the whole model."
-    names = [n for i in range(model.ncam) if (n := model.camera(i).name)]
-    if names: return "track" if "track" in names else names[0]
+    "The model's camera `track`, else the first that follows a body, else its first, else a free camera that sees the whole model."
+    cams = [c for i in range(model.ncam) if (c := model.camera(i)).name]
+    follows = [c.name for c in cams if c.mode[0] in (mujoco.mjtCamLight.mjCAMLIGHT_TRACK, mujoco.mjtCamLight.mjCAMLIGHT_TRACKCOM)]
+    if cams: return "track" if "track" in follows else [*follows, cams[0].name][0]
     return dict(lookat=tuple(model.stat.center), distance=1.5*float(model.stat.extent), azimuth=90., elevation=-20.)
 
 def _render_from(self, qpos, qvel=None) -> np.ndarray:

@@ -204,7 +204,7 @@ def _clam(case: _Case, store, seed: int) -> tuple[list, dict, tuple]: # rungs, c
     checks |= {"lost": told["lost"], "repaired": told["repaired"], "latents_missed": told["best"], "own_labels": own}
     return [case.expert, decoded, replay, full, last], checks, blame(**told)
 
-# %% ../../nbs/66_evaluate.ladder.ipynb #3f0eb846
+# %% ../../nbs/66_evaluate.ladder.ipynb #432bbdcd
 def _others(case: _Case) -> tuple[list, dict, tuple]: # VPT and plain cloning
     run = case.run; idm = run.idm() if run.method == "vpt" else None
     along, checks = _decoded(case, idm, "the inverse model's actions of true transitions") if idm else ([], {})
@@ -235,7 +235,7 @@ def ladder(
         with make_env(about["env"], **({"render_size": run.normaliser.shape[0]} if run.reads == "frames" else {})) as world, progress(desc=f"ladder of {run.path.name}", quiet=quiet) as bar:
             case = _Case(world, run, experts, segment, bar)
             if (why := case.broken()) is not None: return LadderResult("environment", why, [case.expert], {}, **about, measure=case.measure, notes=notes)
-            rungs, checks, (stage, why) = _clam(case, store, seed) if run.method == "clam" else _others(case)
+            rungs, checks, (stage, why) = _clam(case, store, seed) if run.latent else _others(case)
     finally: torch.set_num_threads(threads)
     if "drift" in checks and checks["drift"].low > TOLERANCE: notes = (*notes, f"open-loop drift (informational): without feedback the same actions lose {checks['drift']}")
     return LadderResult(stage, why, rungs, checks, **about, measure=case.measure, notes=notes)

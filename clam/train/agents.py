@@ -12,7 +12,7 @@ from .checkpoint import Run
 # %% auto #0
 __all__ = ['Agent', 'load_agent']
 
-# %% ../../nbs/57_train.agents.ipynb #745053fe
+# %% ../../nbs/57_train.agents.ipynb #f7b205a5
 class Agent:
     """`act(obs [S] or [B, S]) -> (action [A] or [B, A], z or None)`: raw observations in, actions in [-1, 1] out, as numpy arrays.
     Where `reads` is `frames` it wants pictures `[Hh, Ww, C]` or `[B, Hh, Ww, C]` uint8 of `side` pixels instead, and `reset()` before each episode."""
@@ -47,4 +47,4 @@ class Agent:
 def load_agent(run) -> Agent: # name, path or `Run`
     "The agent of a finished run, whatever its method."
     run = Run(run)
-    return Agent(run.policy(), run.normaliser, run.decoder() if run.method == "clam" else None, str(run.path))
+    return Agent(run.policy(), run.normaliser, run.decoder() if run.latent else None, str(run.path))

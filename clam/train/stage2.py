@@ -38,7 +38,7 @@ def decoded_error(decoder, weight: float): # -> a second loss for `regression`, 
         return weight*mse(decoder(pred.float()), want)
     return extra
 
-# %% ../../nbs/55_train.stage2.ipynb #e5138e0a
+# %% ../../nbs/55_train.stage2.ipynb #7d275558
 def train_stage2(
     run,                  # name, path or `Run` with a finished Stage 1
     store=None,           # the run's dataset; default: from where it lay when Stage 1 was trained
@@ -49,7 +49,7 @@ def train_stage2(
 ) -> Run:
     "Relabel the unlabelled experts and fit the latent policy."
     run = Run(run)
-    if run.method != "clam": raise CheckpointError("Stage 2 needs a latent action model", got=run.method, expected="clam", where=str(run.path))
+    if not run.latent: raise CheckpointError("Stage 2 needs a latent action model", got=run.method, expected="clam or lapo", where=str(run.path))
     store = run.dataset() if store is None else run.check_data(store)
     with run.locked():
         if run.todo("stage2", "policy", resume=resume):

@@ -41,8 +41,13 @@ def kept_report(run: Run) -> HealthReport|None:
     try: return HealthReport(**{**{k: v for k, v in j.items() if k != "measures"}, "rows": [Measure(name=n, **{k: number(k, v) for k, v in m.items()}) for n, m in j["measures"].items()]})
     except (TypeError, KeyError, AttributeError): return None
 
-# %% ../../nbs/89_widgets.bench.ipynb #cab97232
-def report_html(report: HealthReport) -> str: return '<div style="line-height:18px;font-size:13px">'+re.sub(r"`([^`<]+)`", r"<code>\1</code>", report._repr_html_())+"</div>" # as a panel shows it
+# %% ../../nbs/89_widgets.bench.ipynb #d7b46229
+_READABLE = {"#1b7837": "#009E73", "#b35806": "#D55E00", "#666666": "#868b90", "#b2182b": "#d6404f"} # colours of the report that read on light and dark pages
+
+def report_html(report: HealthReport) -> str: # as a panel shows it
+    page = re.sub(r"`([^`<]+)`", r"<code>\1</code>", report._repr_html_())
+    for dark, mild in _READABLE.items(): page = page.replace(dark, mild)
+    return f'<div style="line-height:18px;font-size:13px">{page}</div>'
 
 class HealthPanel(Panel):
     "The latent health report of an `Inspection`; of its whole run if `run` is given, and then kept beside it."

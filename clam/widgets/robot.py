@@ -327,7 +327,7 @@ class _Recording(_Moving):
         with self.arm.lock: k.reset(k.seed+1 if seed is None else seed, task or k.task); self.arm.rest()
         self.safe.last = None; self.score = None
 
-# %% ../../nbs/89_widgets.robot.ipynb #f4c14712
+# %% ../../nbs/89_widgets.robot.ipynb #a15d10e8
 SCORES = {"success": 1., "half": .5, "fail": 0.}
 
 def _button(cls: str, label: str, call, width: str="92px", style: str="", tip: str="") -> W.Button:
@@ -350,13 +350,13 @@ class ArmPanel(_Recording):
         speed = W.FloatSlider(self.speed_m_s*100, min=1, max=15, step=1, readout_format=".0f", layout=W.Layout(width="330px"), description="jog, cm/s", style={"description_width": "70px"}); speed.add_class("clam-arm-speed"); speed.observe(lambda c: setattr(self, "speed_m_s", c.new/100), "value")
         cams = {n: _camera(n) for n in ("external", "shoulder")}; seen = [None]
         def refresh(_=None): # at each tick
-            health.value = f'<span style="font-size:13px">{html.escape(self.health)}</span>'
+            health.value = '<span style="font-size:13px">'+html.escape(self.health).replace("STOPPED", '<b style="color:#D32F2F">STOPPED</b>')+"</span>"
             if (rows := log_html(self.safe.log)) != log.value: log.value = rows
             if self.frames is not seen[0]:
                 seen[0] = self.frames
                 for n, w in cams.items(): w.value = jpeg(self.frames[n]) if n in self.frames else BLANK
         def enable(_=None): # what can be pressed now
-            waits = {"": "", "running": "recording", "waiting": "waits for score and verdict"}[self.recording]; count.value = f'<span style="font-size:12px;padding-left:8px">{self.episodes} kept{", " if waits else ""}{waits}</span>'
+            waits = {"": "", "running": "recording", "waiting": "needs a verdict"}[self.recording]; count.value = f'<span style="font-size:12px;padding-left:8px">{self.episodes} kept{", " if waits else ""}<b>{waits}</b></span>'
             b["record"].description = "End" if self.recording == "running" else "Record"; b["record"].button_style = "warning" if self.recording == "running" else ""; b["connect"].description = "Recover" if self.connected and hasattr(self.arm, "recover") else "Connected" if self.connected else "Connect"
             off = {"connect": self.connected and not hasattr(self.arm, "recover"), "resume": not self.stopped, "record": self.recording == "waiting" or not self.connected, "accept": self.recording != "waiting" or self.score is None, "discard": not self.recording}
             off |= {n: self.runner is None or self.mode != "idle" or not self.connected for n in ("step-1", "step-5", "run")} | {f"score-{n}": self.recording != "waiting" for n in SCORES} | {n: not self.connected or self.mode != "idle" for n in ("neutral", "scene") if n in b}

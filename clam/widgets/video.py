@@ -154,7 +154,7 @@ export default { render };
 """
 _WALL_CSS = """
 .clam-grid { display: flex; flex-wrap: wrap; gap: 6px; }
-.clam-thumb { width: 128px; padding: 3px; border: 2px solid transparent; border-radius: 4px; background: rgba(128,128,128,.12); color: var(--jp-ui-font-color1, inherit); font-size: 11px; line-height: 14px; cursor: pointer; text-align: left; }
+.clam-thumb { width: 126px; padding: 3px; border: 2px solid transparent; border-radius: 4px; background: rgba(128,128,128,.12); color: var(--jp-ui-font-color1, inherit); font-size: 11px; line-height: 14px; cursor: pointer; text-align: left; }
 .clam-thumb img { display: block; width: 100%; height: 118px; object-fit: cover; border-radius: 2px; margin-bottom: 3px; }
 .clam-thumb:hover { border-color: rgba(128,128,128,.6); }
 .clam-thumb[aria-pressed=true] { border-color: #E69F00; }
@@ -232,7 +232,7 @@ _PLAYER_CSS = """
 .clam-player-speed option { color: #222; background: #fff; }
 .clam-films { display: flex; flex-wrap: wrap; gap: 10px; margin-top: 6px; }
 .clam-film { margin: 0; width: min-content; max-width: 320px; color: var(--jp-ui-font-color1, inherit); font-size: 12px; line-height: 16px; }
-.clam-film-video { display: block; border: 2px solid transparent; border-radius: 4px; max-width: 100%; }
+.clam-film-video { display: block; border: 2px solid transparent; border-radius: 4px; max-width: 316px; }
 .clam-lead .clam-film-video { border-color: #E69F00; }
 """
 class Player(anywidget.AnyWidget):

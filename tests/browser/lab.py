@@ -124,6 +124,12 @@ class Book:
             if self.traces(): raise AssertionError(f"{self.name}: a cell failed:\n{self.traces()[0][-1500:]}")
             return self.printed(DONE)
         until(over, seconds, f"{self.name} has not run to its end", .1)
+    def read_through(self, *selectors) -> list[int]: # scroll from top to bottom; -> in how many cells each of these was seen (JupyterLab takes cells out of sight off the page)
+        seen = [set() for _ in selectors]; page = ".jp-WindowedPanel-outer"; self.page.locator(page).first.evaluate("e => e.scrollTop = 0")
+        while True:
+            self.page.wait_for_timeout(250)
+            for s, found in zip(selectors, seen): found |= set(self.page.evaluate("s => [...document.querySelectorAll(s)].map(e => e.closest('.jp-Cell')?.dataset.windowedListIndex ?? '')", s))
+            if self.page.locator(page).first.evaluate("e => { const before = e.scrollTop; e.scrollTop += 500; return e.scrollTop == before; }"): return list(map(len, seen))
     def traces(self) -> list[str]: return self.page.locator(".jp-OutputArea-output", has_text="Traceback (most recent call last)").all_inner_texts() # tracebacks shown in the notebook
     def ask(self, expression: str, seconds: float=30): # a value of the kernel, as JSON
         from jupyter_client import BlockingKernelClient

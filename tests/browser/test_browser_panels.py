@@ -23,23 +23,19 @@ def test_a_click_shows_the_moment_behind_a_point(book, toy):
     until(lambda: b.at("clam-clip").locator("video").count(), 30, "no clip appeared"); until(lambda: b.at("clam-neighbours").locator("img").count(), 30, "no neighbours appeared")
     b.shot("map"); step = lambda: focus_of(b); b.button("clam-forth"); until(lambda: step() == n+1, 10, "the button did not go to the next step")
 
-def test_a_lasso_changes_the_statistics(book, toy):
-    b = book([MAP]); b.run_all(); b.drawn("clam-map", 200)
+def test_a_lasso_changes_the_statistics_and_a_menu_the_colours(book, toy):
+    b = book([MAP]); b.run_all(); b.drawn("clam-map", 200); colours = lambda: b.plot("clam-map", "() => String(gd._fullData[0].marker.color)")
+    for label in ("step", "neighbours' action disagreement", "kind of episode"): b.changed(colours, lambda: b.choose("clam-map-colour", label), what=f"no other colours for {label}")
     first, _ = b.changed(lambda: b.shows("clam-picked"), lambda: b.lasso("clam-map"))
     picked = b.ask("list(panel.selection.picked)"); assert 10 < len(picked) < b.ask("len(ins)")
     second, _ = b.changed(lambda: b.shows("clam-picked"), lambda: b.lasso("clam-map", .02, .02, .5, .5)); assert first != second and b.ask("list(panel.selection.picked)") != picked
     b.shot("map-lasso")
 
-def test_colours_change(book, toy):
-    b = book([MAP]); b.run_all(); b.drawn("clam-map", 200)
-    colours = lambda: b.plot("clam-map", "() => String(gd._fullData[0].marker.color)")
-    for label in ("step", "neighbours' action disagreement", "kind of episode"): b.changed(colours, lambda: b.choose("clam-map-colour", label), what=f"no other colours for {label}")
-
 FILMS = OPEN+'''
 from clam.widgets.rollouts import Rollouts
 panel = Rollouts(ins); panel'''
 
-def test_a_film_is_scrubbed(book, toy):
+def test_films_are_scrubbed_ordered_and_chosen(book, toy):
     b = book([FILMS]); b.run_all(); b.at("clam-player-step"); until(lambda: b.all("clam-film-video").count() == 1, 40, "no film appeared")
     until(lambda: b.all("clam-film-video").first.evaluate("v => v.readyState") >= 2, 20, "the film cannot be played")
     moment = lambda: b.all("clam-film-video").first.evaluate("v => v.currentTime"); bar = b.at("clam-player-step"); bar.click(position={"x": bar.bounding_box()["width"]/2, "y": 4})
@@ -48,12 +44,9 @@ def test_a_film_is_scrubbed(book, toy):
     until(lambda: b.ask("panel.step") == s+7, 10, "the kernel was not told of the step"); assert f"step {s+7} " in b.shows("clam-player-said") and abs(moment()-(s+7.5)/20) < .06
     assert b.ask("ins.where(panel.selection.focus) == (panel.lead, panel.step)"), "the shared selection is where the film is"
     b.button("clam-player-play"); until(lambda: b.ask("panel.step") > s+9, 20, "the film does not run"); until(lambda: not b.ask("panel.player.playing"), 20, "the film does not stop at its end")
-    b.shot("rollouts")
-
-def test_films_are_chosen_and_ordered(book, toy):
-    b = book([FILMS]); b.run_all(); until(lambda: b.all("clam-thumb").count() >= 4, 40, "no pictures of episodes")
+    until(lambda: b.all("clam-thumb").count() >= 4, 40, "no pictures of episodes")
     first = b.ask("panel.on_page"); b.choose("clam-order", "lowest return first"); until(lambda: b.ask("panel.on_page") != first, 10, "the order did not change")
-    b.all("clam-thumb").nth(2).click(); until(lambda: b.all("clam-film-video").count() == 2, 40, "the second film did not appear"); assert len(b.ask("panel.chosen")) == 2
+    b.all("clam-thumb").nth(2).click(); until(lambda: b.all("clam-film-video").count() == 2, 40, "the second film did not appear"); b.shot("rollouts"); assert len(b.ask("panel.chosen")) == 2
 
 STEER = OPEN+'''
 from clam.widgets.base import Selection
@@ -105,12 +98,12 @@ def test_the_tabs_share_one_selection(book, toy):
     b.tab("Training"); b.drawn("clam-monitor-plot", 10); b.tab("Health"); b.button("clam-health-run"); until(lambda: b.all("clam-health-report").first.inner_text().strip(), 120, "no report"); word = b.ask("bench.parts['Health'].report.verdict")
     until(lambda: word in b.shows("clam-bench-head"), 10, "the verdict is not in the header"); assert b.ask("bench.message") == ""; b.shot("bench-health")
 
-BAD = {"constant": ("LatentMap(ins_of(Fixed(0.)), method='pca')", "collapsed"), "nan": ("LatentMap(ins_of(Fixed(float('nan'))), method='pca')", "NaN"), "no-run": ("Workbench(data_dir('runs', 'no-such-run'))", "no run here"),
-       "no-episodes": ("Rollouts([])", "no episodes"), "no-simulator": ("Steering(inspect_episodes(linear_lam('healthy'), eps, H=0), Selection(focus=3))", None)}
+BAD = {"constant latents": ("LatentMap(ins_of(Fixed(0.)), method='pca')", "collapsed"), "NaN latents": ("LatentMap(ins_of(Fixed(float('nan'))), method='pca')", "NaN"), "no run": ("Workbench(data_dir('runs', 'no-such-run'))", "no run here"),
+       "no episodes": ("Rollouts([])", "no episodes"), "one episode of three steps": ("LatentMap(inspect_episodes(linear_lam('healthy'), [toy_episodes(1, T=3)[0]], H=0, env_name='toy'), method='pca')", ""),
+       "no decoder, no simulator": ("Steering(inspect_episodes(linear_lam('healthy'), eps, H=0), Selection(focus=3))", "decoder")}
 
-@pytest.mark.parametrize("what", BAD)
-def test_bad_input_leaves_a_sentence(book, toy, what):
-    code, word = BAD[what]
+def test_bad_input_leaves_a_sentence(book):
+    "Every panel in a cell of its own, all in one notebook."
     b = book(['''import numpy as np
 from clam.core import data_dir
 from clam.evaluate.inspection import inspect_episodes
@@ -125,7 +118,8 @@ class Fixed:
     def __init__(self, v): self.v = v
     def encode(self, o, o_next): return np.full((len(o), 3), self.v, np.float32)
     def predict(self, o, z): return o
-def ins_of(model): return inspect_episodes(model, eps, H=0, env_name="toy")''', f"panel = {code}; panel"], name=f"bad-{what}"); b.run_all()
-    if word: assert word in until(lambda: " ".join(b.all("clam-message").all_inner_texts()).strip(), 20, "no sentence")
-    else: until(lambda: "decoder" in b.shows("clam-steer-action").lower() and b.shows("clam-steer-sim").strip(), 20, "no sentence in the panel")
-    assert b.traces() == [] and b.ask("2+2") == 4; b.shot(f"bad-{what}")
+def ins_of(model): return inspect_episodes(model, eps, H=0, env_name="toy")''', *(f"panel = {code}; panel" for code, _ in BAD.values())]); b.run_all()
+    for i, (what, (_, word)) in enumerate(BAD.items(), 1):
+        cell = b.page.locator(".jp-Cell").nth(i); cell.evaluate("e => e.scrollIntoView({block: 'start'})"); until(lambda: cell.locator(".clam-panel").count(), 20, f"{what}: no panel")
+        until(lambda: word in cell.locator(".clam-panel").inner_text(), 20, f"{what}: not a word about {word!r}"); b.shot("bad-"+what.replace(" ", "-").replace(",", ""))
+    assert b.traces() == [] and b.ask("2+2") == 4

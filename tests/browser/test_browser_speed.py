@@ -31,7 +31,7 @@ def test_click_to_frames_and_label(book, toy, record):
     for i in b.lonely("clam-map")[:8]:
         before = seen(); x, y = b.xy("clam-map", i); b.hover(x, y); start = time.perf_counter(); b.press()
         until(lambda: all(p != q for p, q in zip(seen(), before)), 20, "no new frames and label", .002); took.append(time.perf_counter()-start)
-        b.page.wait_for_timeout(1200)                # until the clip and the neighbours of the last one are done too
+        b.page.wait_for_timeout(1000)                # until the clip and the neighbours of the last one are done too
     record("click to new frames and label", took[1:])          # the first one starts the renderer
 
 DRAWN = "() => new Promise(done => { const look = () => { const gd = document.querySelector('.js-plotly-plot:not([data-old])'); gd && gd._fullData && gd._fullData.length && gd._fullData[0].x && gd._fullData[0].x.length == 20000 ? requestAnimationFrame(() => requestAnimationFrame(done)) : setTimeout(look, 10); }; look(); })"
@@ -44,7 +44,7 @@ from clam.widgets.latent_map import LatentMap
 ins = inspect_episodes(linear_lam("healthy"), toy_episodes(500, seed=1), H=0, env_name="toy", name="toy")
 ins.z.shape''', "panel = LatentMap(ins, method='pca'); panel"]); b.run_all(); b.drawn("clam-map", 20_000); took = []
     for _ in range(5):
-        b.page.wait_for_timeout(1500)
+        b.page.wait_for_timeout(500)
         b.page.evaluate("document.querySelectorAll('.js-plotly-plot').forEach(e => e.setAttribute('data-old', 1))")
         b.page.locator(".jp-Cell").nth(1).locator(".jp-InputArea-prompt").click(); start = time.perf_counter()
         b.page.keyboard.press("Control+Enter"); b.page.evaluate(DRAWN); took.append(time.perf_counter()-start)
