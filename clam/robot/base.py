@@ -186,7 +186,7 @@ def make_arm(name: str="sim", **kw) -> ArmBackend:
         except ImportError as e: raise RobotError(f"the {name} backend needs a package that is not installed", got=str(e), fix="pip install 'clam-workbench[robot]'", where=name) from None
     return _ARMS[name](**kw)
 
-# %% ../../nbs/70_robot.base.ipynb #fb9391d3
+# %% ../../nbs/70_robot.base.ipynb #98075413
 @runtime_checkable
 class Plant(Protocol):
     "Six joints and a gripper that follow targets in time."
@@ -202,8 +202,8 @@ class Plant(Protocol):
 
 class FreePlant:
     "First-order joints: `q' = (target - q)/lag_s`. Without torque, shoulder, elbow and wrist_angle fall at up to 2 rad/s, except asleep, where the arm lies on its rest. `block_half_m` stops the fingers."
-    def __init__(self, q_rad=POSES["sleep"], lag_s: float=.02, gripper: float=1., block_half_m: float=0.):
-        self.q_rad = np.array(q_rad, float); self.qd_rad_s = np.zeros(6); self.lag_s, self.block_half_m = lag_s, block_half_m
+    def __init__(self, q_rad="sleep", lag_s: float=.02, gripper: float=1., block_half_m: float=0.):
+        self.q_rad = np.array(POSES[q_rad] if isinstance(q_rad, str) else q_rad, float); self.qd_rad_s = np.zeros(6); self.lag_s, self.block_half_m = lag_s, block_half_m
         self.targets, self.torque = self.q_rad.copy(), np.ones(7, bool)
         self.gripper_half_m = gripper_half_m(gripper); self._grip = ("half", self.gripper_half_m); self.t = 0.
     @property

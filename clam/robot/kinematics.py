@@ -106,7 +106,7 @@ def wrist_gap_m(pose) -> float:
     r = float(np.linalg.norm(pose[:3, 3]-_WRIST*pose[:3, 0]-_SHOULDER))
     return max(0., r-(_UPPER+_FORE), abs(_UPPER-_FORE)-r)
 
-# %% ../../nbs/71_robot.kinematics.ipynb #20813dda
+# %% ../../nbs/71_robot.kinematics.ipynb #6a6991b6
 @dataclass(frozen=True)
 class IkResult:
     "Joint angles and how good they are. Only use `q_rad` when `ok`."
@@ -135,7 +135,7 @@ def _newton(R1, p1, q, low, high, tol: float, steps: int):
 
 def inverse(
     pose,                    # wanted pose of ee_gripper_link [4, 4]
-    seed=POSES["neutral"],   # where to start: the current joint angles [6]
+    seed="neutral",          # where to start: the current joint angles [6], or a name in `POSES`
     margin_rad: float=0.,    # stay this far inside the joint limits
     restarts: int=0,         # further tries from random seeds, when the first fails
     tol: float=1e-10,        # norm of (turn in rad, shift in m) at which to stop
@@ -145,7 +145,7 @@ def inverse(
     "Joint angles for a gripper pose. Never raises for an unreachable one: `ok` is False and `reason` says why."
     pose = np.asarray(pose, float)
     if pose.shape != (4, 4) or not np.isfinite(pose).all(): raise RobotError("pose is not a finite 4x4 matrix", got=list(pose.shape), fix="use make_pose(R, p)")
-    low, high = LIMITS_RAD[:, 0]+margin_rad, LIMITS_RAD[:, 1]-margin_rad; q0 = np.clip(np.asarray(seed, float), low, high)
+    low, high = LIMITS_RAD[:, 0]+margin_rad, LIMITS_RAD[:, 1]-margin_rad; q0 = np.clip(np.asarray(POSES[seed] if isinstance(seed, str) else seed, float), low, high)
     if gap := wrist_gap_m(pose): return IkResult(q0, False, *pose_error(pose, forward_chain(q0)), 0, f"out of reach by {gap*1000:.0f} mm")
     r, best, total = np.random.default_rng(rng), None, 0
     for i in range(restarts+1):
@@ -156,22 +156,22 @@ def inverse(
     if e @ e <= max(tol, 1e-6)**2: return IkResult(q, True, dm, dr, total)
     return IkResult(q, False, dm, dr, total, f"not reached: {dm*1000:.1f} mm and {dr:.3f} rad away" + (f", {', '.join(at)} at the limit" if at else ""))
 
-# %% ../../nbs/71_robot.kinematics.ipynb #233d6fcc
-def reachable_share(box: Box=BOXES["eval"], R=DOWN, n=(8, 8, 6), restarts: int=2) -> np.ndarray: # [nx, ny, nz] bools: an inverse exists inside the limits
+# %% ../../nbs/71_robot.kinematics.ipynb #a5274ffd
+def reachable_share(box: Box=BOXES["eval"], n=(8, 8, 6), restarts: int=2) -> np.ndarray: # [nx, ny, nz] bools: an inverse exists inside the limits
     xs, ys, zs = (np.linspace(a, b, k) for a, b, k in zip(box.low, box.high, n)); out = np.zeros(n, bool)
     for i, x in enumerate(xs):
         for j, y in enumerate(ys):
-            seed = POSES["neutral"]
+            seed = "neutral"
             for k, z in enumerate(zs):
-                r = inverse(make_pose(R, (x, y, z)), seed, restarts=restarts, steps=25); out[i, j, k] = r.ok
+                r = inverse(make_pose(DOWN, (x, y, z)), seed, restarts=restarts, steps=25); out[i, j, k] = r.ok
                 if r.ok: seed = r.q_rad
     return out
 
-# %% ../../nbs/71_robot.kinematics.ipynb #14f986de
+# %% ../../nbs/71_robot.kinematics.ipynb #040330d1
 class FreeArm(BaseArm):
     "Lock-step arm on a `FreePlant`, with the servos' time-based profile. `fail_after` makes reads fail, for tests of those who read."
     name, lockstep = "free", True
-    def __init__(self, q_rad=POSES["sleep"], dt_s: float=.01, frame_px: int=0, fail_after: int|None=None):
+    def __init__(self, q_rad="sleep", dt_s: float=.01, frame_px: int=0, fail_after: int|None=None):
         self.plant, self.dt_s, self.frame_px, self.fail_after = FreePlant(q_rad), dt_s, frame_px, fail_after
         self.t, self.reads, self.motion, self.t0 = 0., 0, Trapezoid(self.plant.q_rad, self.plant.q_rad, 1., 0.), 0.
     def now(self): return self.t
