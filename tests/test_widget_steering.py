@@ -234,3 +234,10 @@ def test_curve_copies_the_model():
     lam = build_lam(preset("tiny").lam, 6).train(); batch = (torch.randn(32, 3, 6), torch.arange(32)); torch.manual_seed(0); before = {k: v.clone() for k, v in lam.state_dict().items()}, torch.get_rng_state()
     a, b = R.recon_row(lam, batch, 3), R.recon_row(lam, batch, 3); assert a == b and a["update"] == 3 and a["recon_loss"] > 0
     assert lam.training and all(torch.equal(v, before[0][k]) for k, v in lam.state_dict().items()) and torch.equal(torch.get_rng_state(), before[1])
+
+def test_a_handle_that_snaps_to_its_tick_moves_nothing():
+    "A page reports the nearest tick of each slider as soon as it draws it; only a move of more than half a tick is the user's."
+    p = settle(S.Steering(toy(), Selection(focus=3))); w = p.sliders[0]; z = p.z.copy(); now, step = p.handles()[0][2], w.step
+    w.value = now+.49*step; assert np.array_equal(p.z, z)
+    w.value = now+1.2*step; assert not np.array_equal(p.z, z) and abs(p.handles()[0][2]-(now+1.2*step)) < 1e-5
+    p.close()

@@ -250,7 +250,7 @@ def _transplant(self, m: int): # the latent of another transition, at this state
 Steering.refocus, Steering.compute, Steering.move, Steering.reset, Steering.mix, Steering.transplant = _refocus, _compute, _move, _reset, _mix, _transplant
 Steering.show = lambda self, s, done=True: None    # the view replaces it
 
-# %% ../../nbs/88_widgets.steering.ipynb #4caacf5e
+# %% ../../nbs/88_widgets.steering.ipynb #b9b252bc
 def _act(self, fn, *args): # from a button or slider: a sentence instead of a traceback
     try: fn(*args)
     except (ClamError, Nothing) as e: self.trouble, self.message = e, str(e)
@@ -269,13 +269,17 @@ def _state_box(self): # episode and step, pin
     for w in (self.w_e, self.w_t): self.watch(w, "value", choose)
     return [self.w_e, self.w_t]
 
+def _echo(self, k: int, value: float, step: float) -> bool: # a page moves its handle to the nearest tick and reports that: nobody touched it
+    h = self.handles(); return self.z is not None and k < len(h) and abs(value-h[k][2]) <= .5*step
+Steering._echo = _echo
+
 def _slider_box(self):
     options = [(f"z[{b.split()[1]}] to z[{min(int(b.split()[1])+SLIDERS, self.inspection.z.shape[1])-1}]" if b != "principal" else "principal directions", b) for b in self.bases]
     self.w_basis = _slim(W.Dropdown(options=options, value=self.basis, description="sliders", style=dict(description_width="56px")), "clam-steer-basis", width="290px")
     self.watch(self.w_basis, "value", lambda c: (setattr(self, "basis", c.new), self.sync())); self.sliders = []
     for k in range(min(SLIDERS, max(self.inspection.z.shape[1], PRINCIPAL))):
         w = _slim(W.FloatSlider(0., min=-1., max=1., step=.01, readout_format=".2f", style=dict(description_width="104px")), f"clam-steer-slider-{k}", width="290px")
-        self.watch(w, "value", lambda c, k=k: None if self._syncing else _act(self, self.move, k, c.new)); self.sliders.append(w)
+        self.watch(w, "value", lambda c, k=k, w=w: None if self._syncing or self._echo(k, c.new, w.step) else _act(self, self.move, k, c.new)); self.sliders.append(w)
     return [self.w_basis, *self.sliders]
 
 def _button_box(self):

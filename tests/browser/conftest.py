@@ -5,9 +5,9 @@ import pytest
 import lab as driver
 
 def pytest_collection_modifyitems(items):
-    why = driver.missing()
-    for i in items:
-        if Path(i.fspath).parent != Path(__file__).parent: continue
+    "They come last: while Playwright is open, a loop runs in this process, and `asyncio.run` of other tests would refuse."
+    why = driver.missing(); ours = lambda i: Path(i.fspath).parent == Path(__file__).parent; items.sort(key=ours)
+    for i in filter(ours, items):
         i.add_marker(pytest.mark.browser)
         if why: i.add_marker(pytest.mark.skip(reason=f"browser tests are skipped: {why}"))
 

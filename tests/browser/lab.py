@@ -106,6 +106,7 @@ class Book:
         if not sidebar and self.page.locator("#jp-left-stack").is_visible(): self.page.keyboard.press("Control+b")
         self.idle()
     def idle(self, seconds: float=60): until(lambda: self.lab.rest("GET", f"kernels/{self.kernel}")["execution_state"] == "idle", seconds, f"the kernel of {self.name} is busy", .1)
+    def running(self) -> int: return self.page.locator(".jp-InputPrompt", has_text="[*]").count() # cells with a star; the kernel itself is idle between two messages while a cell awaits
     def menu(self, *labels): # e.g. menu("Run", "Run All Cells")
         self.page.locator(".lm-MenuBar-item", has_text=re.compile(f"^{labels[0]}$")).click()
         for l in labels[1:]: self.page.locator(".lm-Menu-itemLabel", has_text=re.compile(f"^{re.escape(l)}$")).click()
