@@ -20,18 +20,20 @@ __all__ = ['COLLECT_SEEDS', 'RECIPES', 'TARGETS', 'ELSEWHERE', 'play', 'ARNoise'
            'blocks_controller', 'scripted_controller', 'Replay', 'ToyMix', 'recipe_names', 'recipe_for', 'collect',
            'make_dataset']
 
-# %% ../../nbs/31_collect.recipes.ipynb #a5eac453
-def play(env: Env, controller, seed: int, frames: bool=False, **meta) -> Episode:
-    "One full episode of `controller(obs [S], t) -> action [A]` from `env.reset(seed)`; `meta` joins the episode's own."
+# %% ../../nbs/31_collect.recipes.ipynb #acf791dd
+def play(env: Env, controller, seed: int, frames: bool=False, state: bool=False, **meta) -> Episode:
+    "One full episode of `controller(obs [S], t) -> action [A]` from `env.reset(seed)`; `meta` joins the episode's own. `state` keeps MuJoCo's positions and velocities."
     obs = [env.reset(seed)]; imgs = [env.render()] if frames else None
     act, reward, success, grasp = [], [], [], False
+    moments = [np.r_[env.qpos, env.qvel]] if state else None
     while True:
         a = np.clip(np.asarray(controller(obs[-1], len(act)), np.float32), -1., 1.)
         s = env.step(a)
         obs.append(s.obs); act.append(a); reward.append(s.reward); success.append(s.success); grasp |= bool(s.info.get("grasp", False))
         if frames: imgs.append(env.render())
+        if state: moments.append(np.r_[env.qpos, env.qvel])
         if s.done: break
-    return Episode(np.stack(obs), np.stack(imgs) if frames else None, np.stack(act), np.array(reward, np.float32), np.array(success, bool), meta=meta | {"seed": int(seed), "grasp": grasp})
+    return Episode(np.stack(obs), np.stack(imgs) if frames else None, np.stack(act), np.array(reward, np.float32), np.array(success, bool), state=np.stack(moments).astype(np.float32) if state else None, meta=meta | {"seed": int(seed), "grasp": grasp})
 
 # %% ../../nbs/31_collect.recipes.ipynb #11ae4a7b
 class ARNoise:
@@ -147,7 +149,7 @@ class ToyMix:
     def describe(self, name: str, frames: bool|int=False) -> dict:
         with make_env(name) as env: return {"spec": env.spec, "source": "the workbench's own point mass", "licence": "as the workbench"}
 
-# %% ../../nbs/31_collect.recipes.ipynb #28776910
+# %% ../../nbs/31_collect.recipes.ipynb #7d38c5a1
 RECIPES = {
     "metaworld/assembly": Replay(x0=0., width=.7, sigma=.07),
     "metaworld/shelf-place": Replay(x0=.05, width=.65),
@@ -160,10 +162,10 @@ TARGETS = {  # success by decile of training that the schedules aim at (after TD
     "metaworld/bin-picking": (0, .1, .3, .5, .7, .85, .9, .95, 1, 1), "metaworld/peg-insert-side": (0, .1, .3, .5, .7, .85, .9, .95, 1, 1),
 }
 
-ELSEWHERE = {"widowx": "clam.robot.sim"}    # family -> module with its own RECIPES, imported on first use
+ELSEWHERE = {"mujoco": "clam.collect.actors", "dmc": "clam.collect.actors", "widowx": "clam.robot.sim"}    # family -> module with its own RECIPES, imported on first use
 
 def recipe_names() -> list[str]: # every recipe that has a name of its own
-    return [*RECIPES, *(n for m in ELSEWHERE.values() for n in importlib.import_module(m).RECIPES)]
+    return [*RECIPES, *(n for m in dict.fromkeys(ELSEWHERE.values()) for n in importlib.import_module(m).RECIPES)]
 
 def recipe_for(name: str):
     "The recipe called `name`; other MetaWorld tasks get the default schedule. `DatasetError` lists the names."

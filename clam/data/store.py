@@ -15,12 +15,12 @@ from ..core import DatasetError, Episode, Spec, atomic_dir, check_episode, check
 __all__ = ['FORMAT', 'FIELDS', 'MAKE_AGAIN', 'GROUP', 'RAW_FRAMES', 'NpyAppender', 'FrameAppender', 'write_store', 'PackedFrames',
            'Episodes', 'EpisodeStore', 'check_store', 'describe', 'list_datasets', 'open_dataset']
 
-# %% ../../nbs/10_data.store.ipynb #f057e625
+# %% ../../nbs/10_data.store.ipynb #db93ddd5
 FORMAT = 1  # version of this layout
 FIELDS = {  # name: (dtype on disk, axes, rows of an episode beyond its T transitions)
     "obs": (np.dtype(np.float32), 2, 1), "frames": (np.dtype(np.uint8), 4, 1),
     "act": (np.dtype(np.float32), 2, 0), "reward": (np.dtype(np.float32), 1, 0),
-    "success": (np.dtype(bool), 1, 0), "z": (np.dtype(np.float32), 2, 0)}
+    "success": (np.dtype(bool), 1, 0), "z": (np.dtype(np.float32), 2, 0), "state": (np.dtype(np.float32), 2, 1)}
 MAKE_AGAIN = "restore it from a copy or make the dataset again"
 
 # %% ../../nbs/10_data.store.ipynb #08fc1c22
