@@ -79,8 +79,8 @@ class FakeEnv(BaseEnv):
         self._t, self.x, self.a = state["t"], state["x"].copy(), state["a"].copy()
         return np.r_[self.x, self.a].astype(np.float32)
 
-# %% ../../nbs/20_envs.base.ipynb #28ed22c9
-_MODULES = {"toy": "clam.toy", "metaworld": "clam.envs.metaworld", "mujoco": "clam.envs.gym", "dmc": "clam.envs.dmc", "widowx": "clam.robot.sim"} # family -> module with its FAMILY
+# %% ../../nbs/20_envs.base.ipynb #2258f291
+_MODULES = {"toy": "clam.toy", "metaworld": "clam.envs.metaworld", "mujoco": "clam.envs.gym", "dmc": "clam.envs.dmc", "calvin": "clam.envs.calvin", "widowx": "clam.robot.sim"} # family -> module with its FAMILY
 _FAMILIES: dict[str, tuple[Callable, tuple]] = {}              # family -> (factory, tasks)
 
 def register(name_prefix: str, factory: Callable, tasks=()):
