@@ -32,7 +32,7 @@ def identity(cfg) -> dict:
         if not (f.metadata.get("later") and v == f.default): out[f.name] = identity(v) if dataclasses.is_dataclass(v) else v
     return out
 
-# %% ../nbs/02_config.ipynb #5156cdbd
+# %% ../nbs/02_config.ipynb #e153f0a9
 @dataclass(frozen=True)
 class LAMConfig:
     "Inverse and forward model (paper section 3.1, Tables 11-12)."
@@ -61,9 +61,11 @@ class LAMConfig:
     conv_norm: Literal["group","batch"] = "group" # the official code uses batch statistics
     quantise: Literal["none","vq-repo","vq-lapo","fsq","residual"] = "none" # discrete latents, the Disc. arms of Tables 2 and 6; presets in `clam.models.quantise`
     frame_stack: int = field(default=1, metadata=LATER) # pictures that make one observation, side by side in its channels; Table 14 stacks 3, the official image configuration 1
+    gaussian: bool = field(default=False, metadata=LATER) # the IDM says mean and log-variance, training draws z, labels are means (the official code's distributional latents, as AdaWorld's); weight of the KL term: `stage1.kl_weight`
     def __post_init__(self):
         _positive(self, "latent_dim", "hidden_dim", "n_hidden", "d_model", "n_heads", "n_layers", "d_ff", "max_positions", "patch", "conv_width", "frame_stack")
         _fraction(self, "dropout")
+        if self.gaussian and self.quantise != "none": raise ConfigError("Gaussian latents cannot be quantised", got=f"gaussian=True, quantise={self.quantise}", fix="choose one")
         if self.n_extra_context < 0: raise ConfigError("LAMConfig.n_extra_context must be 0 or more", got=self.n_extra_context)
         if self.d_model % self.n_heads: raise ConfigError("LAMConfig.d_model must be a multiple of n_heads", got=f"d_model={self.d_model}, n_heads={self.n_heads}")
     @property
@@ -97,7 +99,7 @@ class OptimConfig:
         _positive(self, "lr", "eps", "clip"); _fraction(self, "warmup_fraction", "beta1", "beta2")
     def warmup_updates(self, total: int) -> int: return min(self.warmup, int(self.warmup_fraction*total)) # updates of warm-up in a run of `total`
 
-# %% ../nbs/02_config.ipynb #56fe61c8
+# %% ../nbs/02_config.ipynb #383e680f
 @dataclass(frozen=True)
 class Stage1Config:
     "Joint training of LAM and action decoder (paper Algorithm 1, Table 11)."
@@ -112,8 +114,15 @@ class Stage1Config:
     lam_optim: OptimConfig = field(default_factory=OptimConfig)
     decoder_optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-3, warmup=0)) # as the official code
     autocast: Literal["auto","float32","bfloat16"] = "float32" # `auto`: bfloat16 where the processor has it
+    kl_weight: float = field(default=0.01, metadata=LATER)      # weight of KL(z | N(0, 1)) with `lam.gaussian`; the official code's 1e-2
+    predict_steps: int = field(default=1, metadata=LATER)       # k-step prediction (official code): the FDM goes on from its own prediction, errors of all k steps are summed
+    horizon: int = field(default=1, metadata=LATER)             # multi-step IDM (LAOM): it sees o_{t+j} for a random j up to this instead of o_{t+1}; labelling keeps o_{t+1}
+    feature_weight: float = field(default=0., metadata=LATER)   # FDM target in feature space (LAOM): z learns from predicting an EMA encoder's features of o_{t+1}; the FDM then follows without teaching z
+    reversal_weight: float = field(default=0., metadata=LATER)  # ALAM: z of a step taken backwards is minus z
+    additivity_weight: float = field(default=0., metadata=LATER) # ALAM: z of two steps is the sum of their latents
     def __post_init__(self):
-        _positive(self, "updates", "batch", "labelled_batch", "decoder_every")
+        _positive(self, "updates", "batch", "labelled_batch", "decoder_every", "predict_steps", "horizon")
+        if min(self.kl_weight, self.feature_weight, self.reversal_weight, self.additivity_weight) < 0: raise ConfigError("loss weights must be 0 or more", got=f"kl_weight={self.kl_weight}, feature_weight={self.feature_weight}, reversal_weight={self.reversal_weight}, additivity_weight={self.additivity_weight}")
         if self.beta < 0 or self.recon_weight < 0: raise ConfigError("loss weights must be 0 or more", got=f"beta={self.beta}, recon_weight={self.recon_weight}")
 
 # %% ../nbs/02_config.ipynb #50ff00a8
@@ -126,7 +135,7 @@ class RegressionConfig:
     autocast: Literal["auto","float32","bfloat16"] = "float32" # `auto`: bfloat16 where the processor has it
     def __post_init__(self): _positive(self, "updates", "batch")
 
-# %% ../nbs/02_config.ipynb #c971c173
+# %% ../nbs/02_config.ipynb #cc35c86d
 @dataclass(frozen=True)
 class Stage2Config(RegressionConfig):
     "The latent policy (paper section 3.2). Updates and batch are not stated there; these are the official code's."
@@ -134,8 +143,14 @@ class Stage2Config(RegressionConfig):
     batch: int = 128                  # transitions an update
     decoded_weight: float = 0.0       # weight of a second error, between the decoded latents: distances in z that the decoder ignores then count less; not in the paper
     policy_init: Literal["scratch","idm-frozen","idm-finetuned"] = field(default="scratch", metadata=LATER) # pictures: the policy's encoder is its own, or the inverse model's, frozen or trained on (paper section 3.2)
+    chunk: int = field(default=1, metadata=LATER)         # the policy predicts this many latents ahead and acts on the first (chunks as in ACT)
+    flow_steps: int = field(default=0, metadata=LATER)    # flow-matching policy (LAFP): this many Euler steps from the source's mean to z; 0 is regression
     def __post_init__(self):
-        super().__post_init__()
+        super().__post_init__(); _positive(self, "chunk")
+        if self.flow_steps < 0: raise ConfigError("Stage2Config.flow_steps must be 0 or more", got=self.flow_steps)
+        kinds = [n for n, on in (("chunk", self.chunk > 1), ("flow_steps", self.flow_steps > 0), ("policy_init", self.policy_init != "scratch")) if on]
+        if len(kinds) > 1: raise ConfigError("a policy is of one kind", got=", ".join(kinds), fix="choose one")
+        if self.flow_steps and self.decoded_weight: raise ConfigError("a flow has no decoded error", got=f"flow_steps={self.flow_steps}, decoded_weight={self.decoded_weight}", fix="set stage2.decoded_weight to 0")
         if self.decoded_weight < 0: raise ConfigError("Stage2Config.decoded_weight must be 0 or more", got=self.decoded_weight)
 
 # %% ../nbs/02_config.ipynb #745f4b52

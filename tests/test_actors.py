@@ -4,11 +4,14 @@ import json, shutil
 import numpy as np, pytest
 from clam.cli.shell import main
 from clam.collect.actors import RECIPES, Actor, Learner, actors_dir, load_actors, measured_return, pack_actors
-from clam.collect.recipes import collect, make_dataset
+from clam.collect import actors
+from clam.collect.recipes import collect, make_dataset, recipe_names
 from clam.config import SplitConfig
 from clam.core import DatasetError
 from clam.data.splits import make_splits
 from clam.data.store import EpisodeStore
+from clam.envs import rendering
+from clam.envs.base import make_env
 
 HERE = [n for n, r in RECIPES.items() if (actors_dir()/r.body/"actors.json").is_file()]
 
@@ -45,7 +48,31 @@ def test_from_make_to_eval(tmp_path, monkeypatch, capsys):
     assert clam("train", "--data", "mujoco/hopper", "--run", "r", *fast)[0] == 0 and clam("policy", "--run", "r")[0] == 0
     code, said = clam("eval", "--run", "r", "--episodes", 2, "--videos", 0); assert code == 0 and np.isfinite([said["return_mean"], said["normalized_return"]]).all(), said
 
+@pytest.mark.skipif(rendering.choose_gl() is None, reason="no driver can draw here")
+@pytest.mark.parametrize("name", ["mujoco/hopper", "mujoco/halfcheetah"])
+def test_frames_drawn_from_the_store(name, tmp_path):
+    ep = EpisodeStore(make_dataset(name, 2, out=tmp_path/"d", workers=1, quiet=True))[1]
+    with make_env(name) as env, make_env(name) as later:
+        later.reset(0); nq, shots = len(env.qpos), []; env.reset(ep.meta["seed"])
+        for t in range(40):
+            live, drawn = env.render().astype(int), later.render_from(ep.state[t, :nq], ep.state[t, nq:]).astype(int); shots.append(drawn)
+            assert abs(live-drawn).mean() < .05, t                    # the store keeps single precision
+            env.step(ep.act[t])
+    assert abs(shots[39]-shots[0]).mean() > 1
+
+def test_the_replay_part_ends_at_medium():
+    for n in HERE:
+        rec, _ = load_actors(RECIPES[n].body); way, (best, _) = RECIPES[n].stages(); seen = {c["step"]: c["mean"] for c in rec["curve"]}; age = [s["step"] for s, _ in way]
+        assert age == sorted(age) and age[0] == 0 and best["return"] == max(s["return"] for s in rec["snapshots"]) and all(seen[a] < rec["medium"] for a in age[1:-1])
+        if max(seen.values()) >= rec["medium"]: assert seen[age[-1]] >= rec["medium"]
+
 # ---------------------------------------------------------------- planted faults
+def test_what_cannot_be_made_is_not_offered(tmp_path, monkeypatch):
+    assert set(HERE) <= set(recipe_names()); monkeypatch.setattr(actors, "actors_dir", lambda: tmp_path); load_actors.cache_clear()
+    assert not set(RECIPES) & set(recipe_names()) and {"toy", "metaworld/assembly"} <= set(recipe_names())
+    with pytest.raises(DatasetError, match="no snapshots of this agent"): make_dataset("mujoco/hopper", 2, out=tmp_path/"d", quiet=True)
+    assert not list(tmp_path.iterdir()); load_actors.cache_clear()
+
 def raw(folder, dims=(11, 3)):
     rng = np.random.default_rng(0); folder.mkdir(parents=True); (folder/"args.json").write_text('{"algorithm": "none", "seed": 0, "settings": {}, "packages": {}, "machine": "none"}')
     steps = [0, 10, 20]

@@ -13,7 +13,7 @@ from ..core import ConfigError, DatasetError, data_dir
 from .command import Command, show_pairs, show_table
 
 # %% auto #0
-__all__ = ['DataList', 'DataInfo', 'DataCheck', 'DataMake', 'DataImport', 'DataExport']
+__all__ = ['DataList', 'DataInfo', 'DataCheck', 'DataCard', 'DataMake', 'DataImport', 'DataExport']
 
 # %% ../../nbs/90_cli.data.ipynb #8a9e3396
 def _counts(s) -> dict: # what make, import and export report; no rate where success was never recorded
@@ -66,6 +66,19 @@ class DataCheck(Command):
         for p in problems: print(p)
         if not problems: print(f"{path}: sound")
         return {"path": str(path), "problems": problems}
+
+# %% ../../nbs/90_cli.data.ipynb #37076896
+@dataclass(kw_only=True)
+class DataCard(Command):
+    "Write a dataset's card: how it was made, who is in it, splits and thresholds, returns by decile, a picture."
+    name: Positional[str]           # a dataset's name below data/episodes, or a folder
+    out: str|None = None            # folder for the cards; default: data/cards
+    def do(self) -> dict:
+        from clam.collect.cards import card_folder, write_card
+        from clam.data.store import open_dataset
+        store = open_dataset(self.name); folder = card_folder(store.name, self.out or data_dir("cards")); c = write_card(store, folder)
+        out = {k: c[k] for k in ("name", "episodes", "transitions", "who", "return_by_decile", "success_by_decile", "licence")} | {"path": str(folder)}
+        show_pairs(out); return out
 
 # %% ../../nbs/90_cli.data.ipynb #9e714b65
 @dataclass(kw_only=True)

@@ -44,7 +44,7 @@ class Eval(Command):
         show_pairs(out)
         return out
 
-# %% ../../nbs/90_cli.evaluate.ipynb #f36f7ff2
+# %% ../../nbs/90_cli.evaluate.ipynb #08513389
 @dataclass(kw_only=True)
 class Health(Command):
     "The latent health report of a run: is the latent action model ready, leaking, collapsed or not decodable, and why."
@@ -53,7 +53,9 @@ class Health(Command):
     limit: int = 10_000             # transitions to examine at most
     def do(self) -> dict:
         from clam.evaluate.health import health
+        from clam.widgets.bench import keep_report
         run = existing_run(self.run); report = health(run, view=self.view, limit=self.limit)
+        if self.view == "heldout": keep_report(run, report)   # the workbench opens with it
         print(report)
         return {"run": str(run.path), **report.to_dict()}
 

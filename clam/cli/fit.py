@@ -40,7 +40,7 @@ class Trains(Command):
         return store, cfg, Run(self.run or "-".join([*Path(self.data).parts[-2:], method, self.preset, f"s{self.seed}"]))
     def go_on(self) -> str: return "add --resume to the same command to go on"
 
-# %% ../../nbs/90_cli.fit.ipynb #8e78c49f
+# %% ../../nbs/90_cli.fit.ipynb #d9b8121a
 @dataclass(kw_only=True)
 class Train(Trains):
     "Stage 1 (paper Algorithm 1): inverse model, forward model and action decoder, trained together."
@@ -48,6 +48,8 @@ class Train(Trains):
     lam: LAMConfig                  # inverse and forward model
     decoder: HeadConfig             # action decoder
     stage1: Stage1Config            # joint training
+    policy: HeadConfig              # latent policy, which `clam policy` trains
+    stage2: Stage2Config            # its training
     split: SplitConfig              # who may see what
     def do(self) -> dict:
         from clam.evaluate.probes import recon_vs_cheat

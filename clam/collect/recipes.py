@@ -149,7 +149,7 @@ class ToyMix:
     def describe(self, name: str, frames: bool|int=False) -> dict:
         with make_env(name) as env: return {"spec": env.spec, "source": "the workbench's own point mass", "licence": "as the workbench"}
 
-# %% ../../nbs/31_collect.recipes.ipynb #7d38c5a1
+# %% ../../nbs/31_collect.recipes.ipynb #d29eb20e
 RECIPES = {
     "metaworld/assembly": Replay(x0=0., width=.7, sigma=.07),
     "metaworld/shelf-place": Replay(x0=.05, width=.65),
@@ -164,8 +164,8 @@ TARGETS = {  # success by decile of training that the schedules aim at (after TD
 
 ELSEWHERE = {"mujoco": "clam.collect.actors", "dmc": "clam.collect.actors", "widowx": "clam.robot.sim"}    # family -> module with its own RECIPES, imported on first use
 
-def recipe_names() -> list[str]: # every recipe that has a name of its own
-    return [*RECIPES, *(n for m in dict.fromkeys(ELSEWHERE.values()) for n in importlib.import_module(m).RECIPES)]
+def recipe_names() -> list[str]: # every recipe that has a name of its own and, where it replays an agent, its snapshots here
+    return [*RECIPES, *(n for m in dict.fromkeys(ELSEWHERE.values()) for n, r in importlib.import_module(m).RECIPES.items() if getattr(r, "ready", True))]
 
 def recipe_for(name: str):
     "The recipe called `name`; other MetaWorld tasks get the default schedule. `DatasetError` lists the names."

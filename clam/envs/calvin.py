@@ -37,7 +37,7 @@ def draw_scene(task: str, seed: int) -> np.ndarray: # scene_obs [24] from which 
     for b, p in zip(BLOCKS, xy): s[lay[f"{b}_xyz"]] = *p, .46; s[lay[f"{b}_euler"]] = 0, 0, rng.uniform(-np.pi, np.pi)
     return s
 
-# %% ../../nbs/25_envs.calvin.ipynb #9ee2e452
+# %% ../../nbs/25_envs.calvin.ipynb #d3f081c8
 PACKAGES = "pybullet hydra-core hydra-colorlog gym numpy-quaternion opencv-python-headless gitpython"
 
 def calvin_root(root=None) -> Path: # the folder that holds calvin_env/ and conf/
@@ -49,13 +49,13 @@ def calvin_root(root=None) -> Path: # the folder that holds calvin_env/ and conf
 
 def _load(root: Path): # -> (hydra, the composed configuration): imports CALVIN's package
     if str(root) not in sys.path: sys.path.insert(0, str(root))
-    warnings.filterwarnings("ignore", module="hydra|omegaconf|calvin_env|gym"); warnings.filterwarnings("ignore", message="(?s).*version_base")
-    try:
-        hydra = importlib.import_module("hydra"); importlib.import_module("hydra.utils"); play = importlib.import_module("calvin_env.envs.play_table_env")
-    except ImportError as e: raise EnvError("CALVIN needs a package that is not installed", got=str(e), fix=f"pip install {PACKAGES}") from None
-    play.get_git_commit_hash = lambda *_: "not asked"          # it fails outside a git repository
-    with hydra.initialize_config_dir(str(root/"conf"), version_base=None):
-        return hydra, hydra.compose("config_data_collection", overrides=["cameras=static_and_gripper", "use_vr=false", "env.use_egl=false", "env.show_gui=false", "env.use_scene_info=true", "scene=calvin_scene_D_eval", f"data_path={root/'data'}"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                        # of hydra about itself
+        try: hydra, _, play = map(importlib.import_module, ("hydra", "hydra.utils", "calvin_env.envs.play_table_env"))
+        except ImportError as e: raise EnvError("CALVIN needs a package that is not installed", got=str(e), fix=f"pip install {PACKAGES}") from None
+        play.get_git_commit_hash = lambda *_: "not asked"      # it fails outside a git repository
+        with hydra.initialize_config_dir(str(root/"conf"), version_base=None):
+            return hydra, hydra.compose("config_data_collection", overrides=["cameras=static_and_gripper", "use_vr=false", "env.use_egl=false", "env.show_gui=false", "env.use_scene_info=true", "scene=calvin_scene_D_eval", f"data_path={root/'data'}"])
 
 # %% ../../nbs/25_envs.calvin.ipynb #0287f9f9
 class CalvinEnv(BaseEnv):

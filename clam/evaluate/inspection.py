@@ -155,8 +155,8 @@ def _columns(self, costly: bool=True) -> dict[str, np.ndarray]:
 
 Inspection.columns = _columns
 
-# %% ../../nbs/67_evaluate.inspection.ipynb #39cb7c57
-KEEP, REPLAY_TOL = 6, 1e-4   # episodes whose simulator states are kept; largest difference between stored and replayed observation
+# %% ../../nbs/67_evaluate.inspection.ipynb #dbc7cd1e
+KEEP, REPLAY_TOL = 32, 1e-4   # episodes whose simulator states are kept; largest difference between stored and replayed observation
 
 def _world(self): # the environment, made when first needed
     if self._env is None:
@@ -164,22 +164,21 @@ def _world(self): # the environment, made when first needed
         self._env = make_env(self.env_name, **({"render_size": self.render_size} if self.env_name != "fake" else {}))
     return self._env
 
-def _replayed(self, e: int) -> list: # simulator states before each step of episode e, and after the last
-    if e in self._states: self._states.move_to_end(e); return self._states[e]
-    env, ep, where = self._world(), self.episodes[e], f"{self.name}, episode {e}"
+def _replayed(self, e: int, t: int) -> list: # simulator states of episode e, before its steps 0 to t at least
+    env, ep, where, states = self._world(), self.episodes[e], f"{self.name}, episode {e}", self._states.get(e, [])
+    if not 0 <= t <= len(ep): raise DatasetError("no such step", t, f"0 to {len(ep)}", where=where)
+    if len(states) > t: self._states.move_to_end(e); return states
     if ep.meta.get("seed") is None or ep.act is None: raise EnvError("this episode cannot be replayed", "no seed" if ep.meta.get("seed") is None else "no actions", "a seed in its meta, and actions", "use episodes collected or rolled out by the workbench", where)
-    obs, states = env.reset(int(ep.meta["seed"])), [env.get_state()]
-    for t, a in enumerate(ep.act):
-        if np.abs(obs-ep.obs[t]).max() > REPLAY_TOL*max(1., np.abs(ep.obs[t]).max()): raise EnvError("the replay left the recorded path", f"off by {np.abs(obs-ep.obs[t]).max():.2g} at step {t}", fix="the dataset was made with another version of the simulator: make it again", where=where)
-        obs = env.step(a).obs; states.append(env.get_state())
-    self._states[e] = states
+    obs, states = (env.set_state(states[-1]), states[:]) if states else (env.reset(int(ep.meta["seed"])), [env.get_state()])
+    for i in range(len(states)-1, t+1): # also the moment itself is compared
+        if np.abs(obs-ep.obs[i]).max() > REPLAY_TOL*max(1., np.abs(ep.obs[i]).max()): raise EnvError("the replay left the recorded path", f"off by {np.abs(obs-ep.obs[i]).max():.2g} at step {i}", fix="the dataset was made with another version of the simulator: make it again", where=where)
+        if i < t: obs = env.step(ep.act[i]).obs; states.append(env.get_state())
+    self._states[e] = states; self._states.move_to_end(e)
     while len(self._states) > KEEP: self._states.popitem(last=False)
     return states
 
 def _restore(self, e: int, t: int): # the environment, in the state of step t of episode e
-    env = self._world(); states = self._replayed(e)
-    if not 0 <= t < len(states): raise DatasetError("no such step", t, f"0 to {len(states)-1}", where=f"{self.name}, episode {e}")
-    env.set_state(states[t])
+    env, states = self._world(), self._replayed(e, t); env.set_state(states[t])
     return env
 
 Inspection._world, Inspection._replayed, Inspection._restore = _world, _replayed, _restore

@@ -24,14 +24,14 @@ def feature_encoder(obs: int|tuple, cfg: HeadConfig) -> nn.Module: # obs is S or
     if len(shape) == 1: return mlp(shape[0], *[cfg.hidden_dim]*cfg.n_hidden, n)
     return ENCODERS[cfg.image_encoder](shape[0], shape[1], n, cfg.image_width)
 
-# %% ../../nbs/47_models.dynamo.ipynb #3ce37ea8
+# %% ../../nbs/47_models.dynamo.ipynb #9ca6a4a6
 class DynaMo(nn.Module):
     "Encoder, inverse and forward model in feature space: `win [B, 2, S]` or `[B, 2, C, Hh, Ww]` -> features `[B, 2, D]`, prediction of the second `[B, D]`."
     def __init__(self, obs: int|tuple, lam: LAMConfig, cfg: HeadConfig|None=None):
         super().__init__()
         cfg = cfg or HeadConfig()
         self.shape, self.encoder = obs_shape(obs), feature_encoder(obs, cfg)
-        plain = dict(n_extra_context=0, idm_input="frames", fdm_target="absolute", step_units=False, linear_skip=False, hand_state=False, quantise="none")
+        plain = dict(n_extra_context=0, idm_input="frames", fdm_target="absolute", step_units=False, linear_skip=False, hand_state=False, quantise="none", gaussian=False)
         self.dynamics = build_lam(dataclasses.replace(lam, model="transformer" if lam.model in IMAGE_MODELS else lam.model, **plain), feature_dim(cfg))
     def forward(self, win, t=None):
         check_shape(win, "window", None, 2, *self.shape)

@@ -131,7 +131,7 @@ def picture_of(ins: Inspection, m: Moment, size: int=128) -> Moment: # fills in 
     except Exception as e: m.note = sentence(e)
     return m
 
-# %% ../../nbs/84_widgets.latent_map.ipynb #dee4ca03
+# %% ../../nbs/84_widgets.latent_map.ipynb #bde6c124
 def frames_around(ins: Inspection, n: int, before: int=6, after: int=10, alive=lambda: True, size: int=128) -> np.ndarray|None:
     "Frames of the episode around transition `n` with action, latent and reward under them, `[T, Hh, Ww, 3]`; None when no longer `alive`."
     e, t = ins.where(n); ep, at = ins.episodes[e], slice(ins.starts[e], ins.starts[e]+len(ins.episodes[e])); lo, hi = max(0, t-before), min(len(ep), t+after)
@@ -156,7 +156,7 @@ def _img(png, width: int) -> str: # as a small JPEG
     return f'<img width="{width}" style="display:block" src="data:image/jpeg;base64,{base64.b64encode(b.getvalue()).decode()}">'
 def thumbs_html(thumbs) -> str: return '<div style="display:flex;gap:6px">'+"".join(f'<div style="width:78px;font-size:10px;line-height:13px">{_img(p, 76)}{w}</div>' for p, w in thumbs)+"</div>"
 
-def _video(mp4, words, width: int) -> str: return f'<div style="line-height:15px">{video_html(mp4, words, width).replace("margin:4px", "margin:0")}</div>'
+def _video(mp4, words, width: int) -> str: return f'<div style="line-height:15px">{video_html(mp4, words, width).replace("margin:4px", "margin:0").replace(" controls ", " ")}</div>' # small and looping: controls would hide the bars
 
 class Card:
     "A transition as a piece of HTML: frames, actions, neighbours; needs no kernel."
@@ -350,9 +350,9 @@ def _retry(self):
 
 LatentMap.build, LatentMap._tree, LatentMap._wire, LatentMap._retry = _build, _tree, _wire, _retry
 
-# %% ../../nbs/84_widgets.latent_map.ipynb #e048c38a
+# %% ../../nbs/84_widgets.latent_map.ipynb #cd37a3dd
 def _say(self): # the line under the map
-    ui = self._ui; ui.words.value, ui.bar.value = f'<span style="font-size:12px">{html.escape(self.progress or "PCA")}</span>', self.job.fraction
+    ui = self._ui; ui.words.value, ui.bar.value = f'<span style="font-size:12px">{html.escape(self.progress)}</span>', self.job.fraction; ui.progress.layout.display = None if self.progress else "none"
     for w in (ui.bar, ui.cancel): w.layout.display = None if self.job.status == "running" else "none"
 
 @guarded
@@ -374,7 +374,7 @@ def _looked(self, n): # worker: words and frames first, then what takes longer; 
     ui.frames.layout.display = "none" if m.note else None; self.mark()
     try: m.clip = None if m.note or (f := frames_around(ins, n, alive=alive)) is None else mp4_bytes(f)
     except Exception as e: ui.clip.value = html.escape(sentence(e))
-    if m.clip and alive(): ui.clip.value = _video(m.clip, "clip: action, z, reward", 128)
+    if m.clip and alive(): ui.clip.value = _video(m.clip, "action, z, reward", 128)
     m.thumbs = thumbs_of(ins, m, alive)
     if alive(): ui.near.value = '<div style="font-size:12px">nearest latents of other episodes</div>'+thumbs_html(m.thumbs) if len(m.near) else "<i>no other episode to compare with</i>"
 

@@ -58,7 +58,7 @@ class LiveCurve:
         return [{"stage": s, "update": x, k: y} for (s, k), c in self.curves.items() for x, y in zip(c.x, c.y)]
     def static(self) -> go.Figure: return training_curves(self.rows(), title=self.title, height=self.height)
 
-# %% ../../nbs/83_widgets.live.ipynb #c5ee716d
+# %% ../../nbs/83_widgets.live.ipynb #cb4d47cf
 def _view(self) -> go.FigureWidget: # the live figure, made when first asked for
     if self._fig is None:
         self._fig = go.FigureWidget(style(go.Figure(), self.title, "gradient updates", "loss (mean squared error)", self.height))
@@ -70,9 +70,8 @@ def _draw(self): # put what is kept into the figure
     while len(fig.data) < len(self.curves):
         (stage, k) = list(self.curves)[len(fig.data)]
         fig.add_scatter(x=[], y=[], mode="lines", name=f"{stage}: {name_of(k)}" if stage else name_of(k), line=dict(color=colour_of(k if k in COLOURS else stage+k), width=2))
-    with fig.batch_update():
-        for trace, c in zip(fig.data, self.curves.values()): trace.x, trace.y = c.x, c.y
-        fig.layout.title.text = f"{self.title} {self.stage} {max(c.x[-1] for c in self.curves.values() if c.x)} / {self.total}".strip()
+    for trace, c in zip(fig.data, self.curves.values()): trace.update(x=c.x, y=c.y)     # a batch for each: what a batch changes in one trace only is undefined in the others
+    fig.layout.title.text = f"{self.title} {self.stage} {max(c.x[-1] for c in self.curves.values() if c.x)} / {self.total}".strip()
     if self._handle is None and in_notebook():
         from IPython.display import display
         self._handle = display(fig, display_id=True)
@@ -324,14 +323,14 @@ def _close(self, stop: bool=False): # gives the view back; a training goes on un
 
 TrainingMonitor.start, TrainingMonitor._complain, TrainingMonitor._ended, TrainingMonitor.pause, TrainingMonitor.stop, TrainingMonitor.checkpoint, TrainingMonitor.follow, TrainingMonitor.close = _start, _complain, _ended, _pause, _stop_, _checkpoint_now, _follow, _close
 
-# %% ../../nbs/83_widgets.live.ipynb #aee126cf
+# %% ../../nbs/83_widgets.live.ipynb #29ba9589
 PANELS = {"loss": (1, 1, "losses", "mean squared error"), "probe_r2": (1, 2, "linear probe z → a, held-out episodes", "R²"), "grad": (2, 1, "gradient norms at the inverse model", "norm"), "updates_per_second": (2, 2, "speed", "updates per second")}
 WORDS = {"probe_r2": "probe R²", "grad_recon": "of reconstruction", "grad_action": "of the action loss", "updates_per_second": "updates per second"}
 
 def _line(stage: str, key: str, several: bool) -> go.Scatter: # an empty curve in the style of its key
     p = _panel(key); colour = {"grad_recon": PALETTE[0], "grad_action": PALETTE[1], "probe_r2": PALETTE[2], "updates_per_second": PALETTE[7]}.get(key) or colour_of(key)
     name = WORDS.get(key, name_of(key))
-    return go.Scatter(x=[], y=[], mode="lines+markers" if p == "probe_r2" else "lines", name=f"{stage}: {name}" if several else name, showlegend=p in ("loss", "grad"), legend="legend2" if p == "grad" else "legend", line=dict(color=colour, width=2, dash="dot" if key == "cheat_loss" else "solid"), marker=dict(size=5))
+    return go.Scatter(x=[], y=[], mode="lines+markers" if p in ("probe_r2", "grad") else "lines", name=f"{stage}: {name}" if several else name, showlegend=p in ("loss", "grad"), legend="legend2" if p == "grad" else "legend", line=dict(color=colour, width=2, dash="dot" if key == "cheat_loss" else "solid"), marker=dict(size=5))
 
 def _bare(self, height: int=500) -> go.Figure: # the four panels, and the runs beside
     fig = make_subplots(2, 2, subplot_titles=[p[2] for p in PANELS.values()], vertical_spacing=.14, horizontal_spacing=.09)
@@ -347,8 +346,7 @@ def _fill(self, fig): # curves into the figure, in place
     curves = dict(self.curves); several = len({s for s, k in curves if _panel(k) == "loss"}) > 1
     for stage, k in curves:
         if (stage, k) not in self._lines: self._lines[stage, k] = len(fig.data); p = PANELS[_panel(k)]; fig.add_trace(_line(stage, k, several), row=p[0], col=p[1])
-    with fig.batch_update() if isinstance(fig, go.FigureWidget) else contextlib.nullcontext():
-        for key, c in curves.items(): n = min(len(c.x), len(c.y)); fig.data[self._lines[key]].x, fig.data[self._lines[key]].y = np.array(c.x[:n], np.int32), np.array(c.y[:n], np.float32)
+    for key, c in curves.items(): n = min(len(c.x), len(c.y)); fig.data[self._lines[key]].update(x=np.array(c.x[:n], np.int32), y=np.array(c.y[:n], np.float32))
     return fig
 
 def _static_monitor(self) -> go.Figure:

@@ -43,3 +43,15 @@ def toy(lab): # a toy run with policy and ten rollouts in the kernels' data fold
     store, run = EpisodeStore(make_dataset("toy", 80, seed=1, out=lab.data/"episodes"/"toy", workers=1)), lab.data/"runs"/"toy"
     train_stage1(store, cfg, run, quiet=True); train_stage2(run, store, quiet=True); evaluate(run, "toy", EvalConfig(episodes=10, videos=0, workers=1), quiet=True)
     return "toy"
+
+@pytest.fixture(scope="session")
+def assembly(lab): # the same of MetaWorld Assembly, where a moment is brought back by the simulator: few episodes, hardly trained
+    from clam.collect.recipes import make_dataset
+    from clam.config import preset
+    from clam.data.store import EpisodeStore
+    from clam.envs.rendering import choose_gl
+    from clam.train.stage1 import train_stage1
+    if choose_gl() is None: pytest.skip("nothing here can draw MuJoCo")
+    store = EpisodeStore(make_dataset("metaworld/assembly", 30, seed=1, out=lab.data/"episodes"/"metaworld"/"assembly", workers=1))
+    train_stage1(store, preset("tiny").replace(stage1__updates=100, split__n_expert=4, split__n_labelled=4), lab.data/"runs"/"assembly", quiet=True)
+    return "assembly"

@@ -1,5 +1,6 @@
 """Pins that a person can use the panels: a click on a point shows its moment, a lasso its statistics, a film can be scrubbed, a
 slider changes three outcomes, a training is started and stopped, and bad input leaves a sentence, never a traceback."""
+import shutil
 import pytest
 from lab import until
 
@@ -100,10 +101,14 @@ def test_the_tabs_share_one_selection(book, toy):
 
 BAD = {"constant latents": ("LatentMap(ins_of(Fixed(0.)), method='pca')", "collapsed"), "NaN latents": ("LatentMap(ins_of(Fixed(float('nan'))), method='pca')", "NaN"), "no run": ("Workbench(data_dir('runs', 'no-such-run'))", "no run here"),
        "no episodes": ("Rollouts([])", "no episodes"), "one episode of three steps": ("LatentMap(inspect_episodes(linear_lam('healthy'), [toy_episodes(1, T=3)[0]], H=0, env_name='toy'), method='pca')", ""),
+       "a latent of one number": ("LatentMap(ins_of(Fixed(None, 1)))", "one dimension"), "64 latents": ("LatentMap(ins_of(Fixed(None, 64)), method='pca')", "PC 2"),
+       "frames absent": ("LatentMap(inspect_episodes(linear_lam('healthy'), eps, H=0), Selection(focus=3), method='pca')", "no simulator"), "an empty lasso": ("LatentMap(ins_of(Fixed(None, 3)), Selection(picked=[]), method='pca')", "Draw a lasso"),
+       "umap absent": ("LatentMap(ins_of(Fixed(None, 5)))", "pip install umap-learn"), "a run being written": ("Workbench(half)", "not trained yet"),
        "no decoder, no simulator": ("Steering(inspect_episodes(linear_lam('healthy'), eps, H=0), Selection(focus=3))", "decoder")}
 
-def test_bad_input_leaves_a_sentence(book):
+def test_bad_input_leaves_a_sentence(book, lab, toy):
     "Every panel in a cell of its own, all in one notebook."
+    half = lab.data/"runs"/"half"; shutil.copytree(lab.data/"runs"/toy, half, ignore=shutil.ignore_patterns("*.safetensors", "evals", "manifest.json"))     # Stage 1 has begun, no weights are written yet
     b = book(['''import numpy as np
 from clam.core import data_dir
 from clam.evaluate.inspection import inspect_episodes
@@ -114,10 +119,12 @@ from clam.widgets.latent_map import LatentMap
 from clam.widgets.rollouts import Rollouts
 from clam.widgets.steering import Steering
 eps = toy_episodes(4, seed=1)
+import sys; sys.modules["umap"] = None; sys.modules["umap.layouts"] = None          # as where umap-learn is not installed
 class Fixed:
-    def __init__(self, v): self.v = v
-    def encode(self, o, o_next): return np.full((len(o), 3), self.v, np.float32)
+    def __init__(self, v, Z=3): self.v, self.Z = v, Z
+    def encode(self, o, o_next): return np.full((len(o), self.Z), self.v, np.float32) if self.v is not None else (o_next-o).sum(1, keepdims=True)*np.cos(np.outer(np.ones(len(o)), np.arange(self.Z)))+o[:, :1]*np.sin(np.arange(self.Z)).astype(np.float32)
     def predict(self, o, z): return o
+half = data_dir("runs", "half")
 def ins_of(model): return inspect_episodes(model, eps, H=0, env_name="toy")''', *(f"panel = {code}; panel" for code, _ in BAD.values())]); b.run_all()
     for i, (what, (_, word)) in enumerate(BAD.items(), 1):
         cell = b.page.locator(".jp-Cell").nth(i); cell.evaluate("e => e.scrollIntoView({block: 'start'})"); until(lambda: cell.locator(".clam-panel").count(), 20, f"{what}: no panel")

@@ -5,6 +5,7 @@ import pytest
 from lab import PICTURES, until
 
 GOALS = {"click to new frames and label": .5, "slider to three new outcomes": .3, "20,000 points drawn with PCA": 5.}
+ON = {"toy": "", "assembly": " on MetaWorld"}; GOALS |= {f"{k} on MetaWorld": v for k, v in list(GOALS.items())[:2]}
 OPEN = '''from clam.core import data_dir
 from clam.evaluate.inspection import inspect_run
 ins = inspect_run(data_dir("runs", "toy"))'''
@@ -25,14 +26,15 @@ def record(times, capsys):
     return write
 
 @pytest.mark.slow
-def test_click_to_frames_and_label(book, toy, record):
-    b = book([OPEN+"\nfrom clam.widgets.latent_map import LatentMap\npanel = LatentMap(ins, method='pca'); panel"]); b.run_all(); b.drawn("clam-map", 200); took = []
+@pytest.mark.parametrize("which", ["toy", "assembly"])
+def test_click_to_frames_and_label(book, which, request, record):
+    request.getfixturevalue(which); b = book([OPEN.replace("toy", which)+"\nfrom clam.widgets.latent_map import LatentMap\npanel = LatentMap(ins, method='pca'); panel"]); b.run_all(); b.drawn("clam-map", 200); took = []
     seen = lambda: (b.picture("clam-frame-now"), b.picture("clam-frame-next"), b.shows("clam-focus-label"))
     for i in b.lonely("clam-map")[:8]:
         before = seen(); x, y = b.xy("clam-map", i); b.hover(x, y); start = time.perf_counter(); b.press()
         until(lambda: all(p != q for p, q in zip(seen(), before)), 20, "no new frames and label", .002); took.append(time.perf_counter()-start)
         b.page.wait_for_timeout(1000)                # until the clip and the neighbours of the last one are done too
-    record("click to new frames and label", took[1:])          # the first one starts the renderer
+    b.shot(f"map-{which}"); record("click to new frames and label"+ON[which], took[1:])          # the first one starts the renderer
 
 DRAWN = "() => new Promise(done => { const look = () => { const gd = document.querySelector('.js-plotly-plot:not([data-old])'); gd && gd._fullData && gd._fullData.length && gd._fullData[0].x && gd._fullData[0].x.length == 20000 ? requestAnimationFrame(() => requestAnimationFrame(done)) : setTimeout(look, 10); }; look(); })"
 
@@ -51,10 +53,11 @@ ins.z.shape''', "panel = LatentMap(ins, method='pca'); panel"]); b.run_all(); b.
     assert b.ask("len(panel.keep)") == 20_000; b.shot("map-20000"); record("20,000 points drawn with PCA", took)
 
 @pytest.mark.slow
-def test_slider_to_three_outcomes(book, toy, record):
-    b = book([OPEN+"\nfrom clam.widgets.base import Selection\nfrom clam.widgets.steering import Steering\npanel = Steering(ins, Selection(focus=25)); panel"]); b.run_all(); until(lambda: b.ask("panel.turn") > 0, 40, "no first outcome"); took = []
+@pytest.mark.parametrize("which", ["toy", "assembly"])
+def test_slider_to_three_outcomes(book, which, request, record):
+    request.getfixturevalue(which); b = book([OPEN.replace("toy", which)+"\nfrom clam.widgets.base import Selection\nfrom clam.widgets.steering import Steering\npanel = Steering(ins, Selection(focus=25)); panel"]); b.run_all(); until(lambda: b.ask("panel.turn") > 0, 40, "no first outcome"); took = []
     seen = lambda: (b.shows("clam-steer-fdm"), b.shows("clam-steer-action"), b.shows("clam-steer-sim")); b.at("clam-steer-slider-1").locator(".noUi-handle").first.focus()
     for _ in range(8):
         b.page.wait_for_timeout(600); before = seen(); start = time.perf_counter(); b.page.keyboard.press("PageUp")
         until(lambda: all(p != q for p, q in zip(seen(), before)), 20, "three outcomes did not change", .002); took.append(time.perf_counter()-start)
-    record("slider to three new outcomes", took[1:])
+    b.shot(f"steering-{which}"); record("slider to three new outcomes"+ON[which], took[1:])
