@@ -1,12 +1,11 @@
 """The options beyond the paper: off by default and absent from digests, each trained for five updates on fakes and to the end on the toy,
 gradients where they belong; and the parts whose numbers were not compared before, against plain formulas with gradients: heads,
-IMPALA, DynaMo, Gaussian latents and the straight-through step of every quantiser."""
+DynaMo, Gaussian latents and the straight-through step of every quantiser."""
 import numpy as np, pytest, torch
 from torch.nn import functional as F
 from clam.config import HeadConfig, LAMConfig, Stage1Config, Stage2Config, identity, preset
 from clam.core import ConfigError, seed_everything
 from clam.data.store import EpisodeStore, write_store
-from clam.models.conv import ENCODERS
 from clam.models.dynamo import DynaMo
 from clam.models.heads import ActionDecoder, BCPolicy, LatentPolicy
 from clam.models.lam import ActionIDM, build_lam
@@ -113,3 +112,9 @@ def test_dynamo_as_plain_formulas():
     P = weights(net); enc = [k.removesuffix(".weight") for k in P if k.startswith("encoder") and k.endswith(".weight")]
     h = plain_net(P, win, enc); z = plain_net(P, h.flatten(1), [f"dynamics.idm.net.{i}" for i in (0, 2, 4)])
     same_gradients(net, P, net(win)[1], plain_net(P, torch.cat([h[:, 0], z], 1), [f"dynamics.fdm.net.{i}" for i in (0, 2, 4)]))
+
+# ---------------------------------------------------------------- on the toy, from the committed records
+def test_no_option_breaks_the_toy():
+    from clam.evaluate.experiments import load_records, table_cells
+    cells = {n: c for (n, _), c in table_cells(load_records("toy-options")).items()}
+    assert len(cells) == 1+len(OPTIONS) and all(len(c.seeds) == 3 and c.interval.n == 150 and c.interval.mean > .8 for c in cells.values())

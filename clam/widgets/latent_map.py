@@ -18,7 +18,7 @@ from .plots import INK, PALETTE, Nothing, _numbers, _place, latent_map, message,
 from .video import grid, mp4_bytes, overlay, video_html
 
 # %% auto #0
-__all__ = ['DRAWN', 'FITTED', 'JUDGED', 'K', 'METHODS', 'ERROR', 'COSTLY', 'MARKS', 'drawable', 'umap_map', 'map_file',
+__all__ = ['DRAWN', 'FITTED', 'JUDGED', 'K', 'ONE', 'METHODS', 'ERROR', 'COSTLY', 'MARKS', 'drawable', 'umap_map', 'map_file',
            'save_map', 'load_map', 'action_bins', 'Trust', 'trust', 'Moment', 'sentence', 'look', 'picture_of',
            'frames_around', 'thumbs_of', 'thumbs_html', 'Card', 'picked_rows', 'spread', 'LatentMap', 'colouring',
            'trust_html']
@@ -187,7 +187,8 @@ def spread(z, picked, k: int=6) -> list[int]: # up to k members of `picked`, far
     while len(out) < min(k, len(p)): d[out] = -1; out.append(int(d.argmax())); d = np.minimum(d, np.square(x-x[out[-1]]).sum(1))
     return [int(p[i]) for i in out]
 
-# %% ../../nbs/84_widgets.latent_map.ipynb #75deed5b
+# %% ../../nbs/84_widgets.latent_map.ipynb #97eca529
+ONE = "a latent of one dimension is drawn as it is: there is nothing to project"
 METHODS, ERROR = {"pca": "PCA", "umap": "UMAP"}, "decoding error |decoded - a|"
 COSTLY = {"neighbours' action disagreement": "disagreement", "probe error |a - probe(z)|": "probe_error"} # columns computed when chosen, by a property of the inspection
 
@@ -205,7 +206,7 @@ class LatentMap(Panel):
         self.inspection = ins = self.source if isinstance(self.source, Inspection) else inspect_run(self.source)
         self.xy, self.axes, self.trusts, self._values, self.title = {}, {"umap": ("UMAP 1 (no unit)", "UMAP 2 (no unit)")}, {}, {}, f"{ins.name}: latent map"
         self.keep = None; keep = drawable(ins.z, self.limit, self.seed); xy, self.axes["pca"] = _place(ins.z[keep].astype(float), "pca")
-        if ins.z.shape[1] == 1: xy = np.c_[keep, xy[:, 1]]; self.method = "pca"
+        if ins.z.shape[1] == 1: xy = np.c_[keep, xy[:, 1]]; self.progress, self.method = ONE, "pca"
         self.xy["pca"], self.drawn, self.keep = xy.astype(np.float32), "pca", keep
         self.colour = self._good = self.colour if self.colour in self.names() else self.names()[0]
     def names(self) -> list[str]: # what points can be coloured by
@@ -224,12 +225,12 @@ class LatentMap(Panel):
         for j in np.flatnonzero((self.keep[i] != numbers) & np.isfinite(z[numbers]).all(1)): i[j] = np.square(z[self.keep]-z[numbers[j]]).sum(1).argmin()
         return self.xy[self.drawn][i][np.isfinite(z[numbers]).all(1)]
 
-# %% ../../nbs/84_widgets.latent_map.ipynb #de596e8a
+# %% ../../nbs/84_widgets.latent_map.ipynb #22dae97e
 @guarded
 def _fit(self):
     if self.method not in METHODS: bad, self.method = self.method, self.drawn; raise DatasetError("unknown projection", bad, "pca or umap")
     if self.keep is None or self.method in self.xy: self.job.cancel() if self.method == "pca" else None; return self.keep is not None and self.show(self.method)
-    if self.inspection.z.shape[1] == 1: self.progress, self.method = "a latent of one dimension is drawn as it is: there is nothing to project", "pca"; return
+    if self.inspection.z.shape[1] == 1: self.progress, self.method = ONE, "pca"; return
     z = self.inspection.z[self.keep]; path = map_file(self.inspection.identity, method="umap", limit=self.limit, fitted=FITTED, neighbours=K, seed=self.seed)
     if (xy := load_map(path, z)) is not None: return self._fitted(xy, "UMAP, from the cache")
     def work(tick): xy = umap_map(z, tick, seed=self.seed); save_map(path, xy, z); return xy

@@ -101,9 +101,9 @@ def test_the_tabs_share_one_selection(book, toy):
 
 BAD = {"constant latents": ("LatentMap(ins_of(Fixed(0.)), method='pca')", "collapsed"), "NaN latents": ("LatentMap(ins_of(Fixed(float('nan'))), method='pca')", "NaN"), "no run": ("Workbench(data_dir('runs', 'no-such-run'))", "no run here"),
        "no episodes": ("Rollouts([])", "no episodes"), "one episode of three steps": ("LatentMap(inspect_episodes(linear_lam('healthy'), [toy_episodes(1, T=3)[0]], H=0, env_name='toy'), method='pca')", ""),
-       "a latent of one number": ("LatentMap(ins_of(Fixed(None, 1)))", "one dimension"), "64 latents": ("LatentMap(ins_of(Fixed(None, 64)), method='pca')", "PC 2"),
+       "a latent of one number": ("LatentMap(ins_of(Fixed(None, 1)))", "one dimension"), "64 latents": ("LatentMap(ins_of(Fixed(None, 64)), method='pca')", "neighbours"),
        "frames absent": ("LatentMap(inspect_episodes(linear_lam('healthy'), eps, H=0), Selection(focus=3), method='pca')", "no simulator"), "an empty lasso": ("LatentMap(ins_of(Fixed(None, 3)), Selection(picked=[]), method='pca')", "Draw a lasso"),
-       "umap absent": ("LatentMap(ins_of(Fixed(None, 5)))", "pip install umap-learn"), "a run being written": ("Workbench(half)", "not trained yet"),
+       "umap absent": ("LatentMap(ins_of(Fixed(None, 5)))", "pip install umap-learn"), "a run being written": ("Workbench(half)", "no policy yet"),
        "no decoder, no simulator": ("Steering(inspect_episodes(linear_lam('healthy'), eps, H=0), Selection(focus=3))", "decoder")}
 
 def test_bad_input_leaves_a_sentence(book, lab, toy):
@@ -128,5 +128,5 @@ half = data_dir("runs", "half")
 def ins_of(model): return inspect_episodes(model, eps, H=0, env_name="toy")''', *(f"panel = {code}; panel" for code, _ in BAD.values())]); b.run_all()
     for i, (what, (_, word)) in enumerate(BAD.items(), 1):
         cell = b.page.locator(".jp-Cell").nth(i); cell.evaluate("e => e.scrollIntoView({block: 'start'})"); until(lambda: cell.locator(".clam-panel").count(), 20, f"{what}: no panel")
-        until(lambda: word in cell.locator(".clam-panel").inner_text(), 20, f"{what}: not a word about {word!r}"); b.shot("bad-"+what.replace(" ", "-").replace(",", ""))
+        until(lambda: word in cell.locator(".clam-panel").first.inner_text(), 20, f"{what}: not a word about {word!r}"); b.shot("bad-"+what.replace(" ", "-").replace(",", ""))
     assert b.traces() == [] and b.ask("2+2") == 4
