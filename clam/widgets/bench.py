@@ -135,7 +135,7 @@ class Workbench(Panel):
         return self.inspection
     def _say(self): self.head = headline(self.run, self.inspection, self.parts["Health"].report if "Health" in self.parts else None)
 
-# %% ../../nbs/89_widgets.bench.ipynb #564f144e
+# %% ../../nbs/89_widgets.bench.ipynb #aeed1cd2
 def _make(self, name: str) -> Panel:
     s = self.selection
     if name == "Map": return LatentMap(self.need(), s, method=self.method)
@@ -159,7 +159,7 @@ def _part(self, name: str) -> Panel: # the panel of a tab, made when first asked
 
 def _fill(self, name: str): # its view into its box; or a sentence, and a button
     box = self._boxes.get(name)
-    if box is None or name in self.parts: return
+    if box is None or (name in self.parts and self.parts[name]._view in box.children): return # `part` may have made it before it was looked at
     before, wait = box.children, W.HTML(f"opening {name.lower()} ..."); box.children = (wait,)
     try: box.children = (self.part(name).view(),)
     except (ClamError, Nothing) as e:
