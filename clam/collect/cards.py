@@ -33,7 +33,7 @@ def card(store) -> dict:
         "return_quartiles": None if R is None else [round(float(q), 2) for q in np.percentile(R, [0, 25, 50, 75, 100])], "success_by_decile": _tenths(store.succeeded) if store.success is not None else None,
         "split_config": {"n_expert": cfg.n_expert, "n_labelled": cfg.n_labelled, "labelled": cfg.labelled}, "splits": splits}
 
-# %% ../../nbs/33_collect.cards.ipynb #f4f0ed04
+# %% ../../nbs/33_collect.cards.ipynb #e783157c
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999")
 
 def best_frames(store, n: int=5, side: int=112) -> list[np.ndarray]: # pictures [Hh, Ww, 3] of the episode with the highest return: stored ones, or drawn by replaying its seed and actions; [] where neither is possible
@@ -59,7 +59,7 @@ def card_picture(store, path, frames: bool=True):
     for k, c in zip(dict.fromkeys(kinds), COLOURS): i = [j for j, x in enumerate(kinds) if x == k]; ax.plot(i, R[i], ".", ms=3, color=c, label=k)
     ax.set(xlabel="episode", ylabel="return" if store.reward is not None else "steps"); ax.legend(fontsize=6, loc="upper left", framealpha=.7, markerscale=2)
     for a, p, t in zip(rest, pics, np.linspace(0, 100, len(pics))): a.imshow(p); a.axis("off"); a.set_title(f"{t:.0f} %", fontsize=7)
-    memory = io.BytesIO(); fig.savefig(memory); Image.open(memory).convert("RGB").quantize(48).save(path, optimize=True)      # a card is small
+    memory = io.BytesIO(); fig.savefig(memory); Image.open(memory).convert("RGB").quantize(96).save(path, optimize=True)      # a card is small
 
 # %% ../../nbs/33_collect.cards.ipynb #58c4700f
 def write_card(store, folder) -> dict: # the card, written to `<folder>/card.json` and `card.png`

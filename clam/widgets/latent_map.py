@@ -70,7 +70,7 @@ def load_map(path, z) -> np.ndarray|None:
     except Exception: return None
     return a[:, :2] if a.shape == (len(z), 3) and a.dtype == np.float32 and np.isfinite(a).all() and np.allclose(a[:, 2], _check(z), 1e-3, 1e-3*np.abs(z).max()) else None
 
-# %% ../../nbs/84_widgets.latent_map.ipynb #440c4953
+# %% ../../nbs/84_widgets.latent_map.ipynb #9412ab9b
 def action_bins(act) -> np.ndarray|None: # [N, A] -> [N]: 2i or 2i+1, the standardised dimension that sticks out most and its sign; None if actions never differ
     act = np.asarray(act, float); std = act.std(0); s = (act-act.mean(0))/np.where(std > 1e-9, std, np.inf); i = np.abs(s).argmax(1)
     return 2*i+(s[np.arange(len(s)), i] > 0) if (std > 1e-9).any() else None
@@ -94,8 +94,7 @@ class Trust:
 
 def trust(z, xy, act=None, k: int=K, limit: int=JUDGED, seed: int=0) -> Trust:
     "Judge the map `xy [N, 2]` of `z [N, Z]`, on at most `limit` points."
-    from sklearn.manifold import trustworthiness
-    from sklearn.metrics import silhouette_score
+    from sklearn.manifold import trustworthiness; from sklearn.metrics import silhouette_score
     from sklearn.neighbors import NearestNeighbors
     if len(z) < 6: raise Nothing(f"{len(z)} points are too few to judge a map")
     rng = np.random.default_rng(seed); some = np.sort(rng.permutation(len(z))[:limit]); n = len(some); k, other = min(k, (n-1)//2), rng.permutation(n)
