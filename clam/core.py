@@ -13,7 +13,7 @@ import numpy as np
 __all__ = ['ClamError', 'DatasetError', 'ConfigError', 'CheckpointError', 'EnvError', 'RobotError', 'Episode', 'check_episode',
            'Spec', 'project_root', 'data_dir', 'atomic_file', 'to_json', 'write_json', 'read_json', 'file_digest',
            'digest', 'write_manifest', 'check_manifest', 'atomic_dir', 'locked', 'rng_state', 'set_rng_state',
-           'seed_everything', 'sub_seed', 'available_cpus', 'git_commit', 'provenance', 'progress']
+           'seed_everything', 'sub_seed', 'available_cpus', 'torch_threads', 'git_commit', 'provenance', 'progress']
 
 # %% ../nbs/00_core.ipynb #17f8266f
 class ClamError(Exception):
@@ -261,9 +261,18 @@ def seed_everything(seed: int):
 def sub_seed(seed: int, *names) -> int: # an independent seed derived from `seed` and names: `sub_seed(0, "stage1")`
     return int.from_bytes(hashlib.sha256(repr((int(seed), *names)).encode()).digest()[:4], "little") & 0x7fffffff
 
-# %% ../nbs/00_core.ipynb #8b9f8035
+# %% ../nbs/00_core.ipynb #214eceeb
 def available_cpus() -> int: # processors this process may really use
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+@contextlib.contextmanager
+def torch_threads(n: int|None=None): # `n` threads for torch inside the block (None: as many as before); afterwards what was before
+    torch = sys.modules.get("torch")
+    before = torch.get_num_threads() if torch else None
+    if torch and n: torch.set_num_threads(n)
+    try: yield
+    finally:
+        if torch: torch.set_num_threads(before)
 
 def git_commit() -> str|None: # short commit of the workbench's source, with `+` when it has uncommitted changes; None outside git
     try:
@@ -285,9 +294,13 @@ def provenance(packages=("numpy", "torch", "mujoco", "metaworld", "gymnasium")) 
     return {"commit": git_commit(), "python": platform.python_version(), "packages": versions,
             "machine": {"cpu": _cpu_model(), "cpus": available_cpus(), "system": platform.system()}, "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
 
-# %% ../nbs/00_core.ipynb #106a6803
+# %% ../nbs/00_core.ipynb #abba4281
 def progress(it=None, desc: str="", total: int|None=None, quiet: bool|None=None, **kw):
-    "A tqdm progress bar on a terminal or in a notebook, silent elsewhere (`quiet` forces it)."
+    "A tqdm progress bar on a terminal or in a notebook, elsewhere a line every half minute; `quiet` or the environment's CLAM_QUIET silences it."
     from tqdm.auto import tqdm
-    if quiet is None: quiet = not (sys.stderr.isatty() or "ipykernel" in sys.modules) or bool(os.environ.get("CLAM_QUIET"))
-    return tqdm(it, desc=desc, total=total, disable=quiet, leave=False, dynamic_ncols=True, **kw)
+    if quiet is None: quiet = bool(os.environ.get("CLAM_QUIET"))
+    if quiet or sys.stderr.isatty() or "ipykernel" in sys.modules: return tqdm(it, desc=desc, total=total, disable=quiet, leave=False, dynamic_ncols=True, **kw)
+    class Lines: # what tqdm writes to: complete lines, none of those that only wipe the bar
+        def write(self, s): s = s.strip("\r\n "); s and print(s, file=sys.stderr, flush=True)
+        def flush(self): pass
+    return tqdm(it, desc=desc, total=total, leave=False, file=Lines(), ncols=100, ascii=True, mininterval=30, maxinterval=60, delay=30, **kw)

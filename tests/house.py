@@ -1,6 +1,6 @@
 """The rules of the house as functions that return a list of problems. `python tests/house.py` prints them all; test_house.py runs
 each one on the project and on a small planted fault."""
-import ast, json, re, subprocess, sys, tomllib
+import ast, builtins, dis, json, re, subprocess, sys, tomllib, types
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -154,6 +154,20 @@ def check_dependencies(sources, pyproject: str, constraints: str) -> list[str]:
     wanted = declared | {name(r) for r in sum(project["optional-dependencies"].values(), [])}
     return out + [f"constraints.txt: {d} is declared but not pinned" for d in sorted(wanted - pinned)]
 
+def check_defined(sources: dict[str, str], names: dict[str, str]) -> list[str]:
+    "Every global that a module uses is defined in it: a notebook has names that its module lacks, those of cells that are not exported."
+    out, given = [], set(dir(builtins)) | {"__file__", "__name__", "__doc__", "__spec__", "__builtins__", "__annotations__", "__path__"}
+    for mod, text in sources.items():
+        todo, used, defined = [compile(text, mod, "exec")], {}, set()
+        while todo:
+            code = todo.pop(); todo += [c for c in code.co_consts if isinstance(c, types.CodeType)]
+            for i in dis.get_instructions(code):
+                if i.opname == "LOAD_GLOBAL": used.setdefault(i.argval, code.co_name)
+                elif i.opname == "LOAD_NAME" and code.co_name == "<module>": used.setdefault(i.argval, code.co_name)
+                elif i.opname == "STORE_GLOBAL" or i.opname == "STORE_NAME" and code.co_name == "<module>": defined.add(i.argval)
+        out += [f"{names.get(mod, mod)}: {n}, used in {where}, is defined in no exported cell" for n, where in used.items() if n not in defined | given]
+    return out
+
 # ---------------------------------------------------------------- files
 MACHINE_PATH = re.compile(r"(?<![\w.:/~-])/(?:root|home|work|Users|private|tmp)/\w[\w./-]*")
 LEFTOVER = re.compile(r"^(<{7} |>{7} )|\b(breakpoint|set_trace)\(\)", re.M)
@@ -192,7 +206,7 @@ def check_version(root=ROOT) -> list[str]:
 
 def everything(root=ROOT) -> list[str]:
     nbs, sources = notebooks(root), modules(root)
-    out = check_names(nbs) + check_imports(sources, order(nbs)) + check_dependencies(sources, (root/"pyproject.toml").read_text(), (root/"constraints.txt").read_text())
+    out = check_names(nbs) + check_imports(sources, order(nbs)) + check_defined(sources, order(nbs)) + check_dependencies(sources, (root/"pyproject.toml").read_text(), (root/"constraints.txt").read_text())
     for nb in nbs: out += check_cells(nb)
     return out + check_files(root) + check_generated(root) + check_version(root)
 

@@ -19,6 +19,7 @@ def clean(problems): assert not problems, "\n"+"\n".join(problems)
 # ---------------------------------------------------------------- the project
 def test_names(): clean(house.check_names(NBS))
 def test_law(): clean(house.check_imports(SOURCES, NAMES))
+def test_defined(): clean(house.check_defined(SOURCES, NAMES))
 def test_dependencies(): clean(house.check_dependencies(SOURCES, (ROOT/"pyproject.toml").read_text(), (ROOT/"constraints.txt").read_text()))
 @pytest.mark.parametrize("book", NBS, ids=lambda b: b.name)
 def test_cells(book): clean(house.check_cells(book))
@@ -67,6 +68,10 @@ def test_finds_a_forbidden_import(module, source, word): found(house.check_impor
     ("data.windows", "from .store import EpisodeStore\nfrom ..core import Episode\nimport numpy as np, torch"), ("robot.arm", "from ..envs.base import Env"), ("__main__", "from .cli import main"),
     ("widgets.plots", "from ..train.loop import run_loop\nimport plotly\ndef f(): import umap"), ("cli", "def f():\n    from .widgets.plots import plot"), ("core", "import os, numpy as np")])
 def test_allows_what_the_table_allows(module, source): clean(house.check_imports({module: source}, TREE))
+
+@pytest.mark.parametrize("source, ok", [("import os\ndef f(): return os.sep", True), ("def f(): return os.sep", False), ("class A:\n    def g(self): return [h(x) for x in self]", False),
+    ("class A:\n    x = 1\n    y = x", True), ("def f():\n    global g\n    g = 1\ndef h(): return g", True), ("y = x", False)])
+def test_finds_a_name_that_only_the_notebook_has(source, ok): assert bool(house.check_defined({"core": source}, NAMES)) != ok
 
 def test_finds_undeclared_and_unpinned_packages():
     project = '[project]\nname="x"\ndependencies=["numpy>=2", "scikit-learn"]\n[project.optional-dependencies]\ndev=["pytest"]'

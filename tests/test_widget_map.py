@@ -179,6 +179,15 @@ def test_two_fits_never_run_at_once(monkeypatch):
     finally: lm._ONE.release()
 
 
+def test_a_map_leaves_torchs_threads_alone(monkeypatch): # numba's first parallel loop sets the OpenMP threads of torch too: later trainings differed in their last bits
+    import torch, umap
+    class Fake:
+        def __init__(self, **kw): pass
+        def fit_transform(self, z): torch.set_num_threads(before+1); return np.zeros((len(z), 2))
+    monkeypatch.setattr(umap, "UMAP", Fake); before = torch.get_num_threads()
+    umap_map(np.random.default_rng(0).normal(size=(20, 3)))
+    assert torch.get_num_threads() == before
+
 @pytest.mark.slow
 def test_a_real_umap_places_the_rest_where_they_belong():
     z = np.r_[rng.normal(size=(300, 8)), rng.normal(size=(300, 8))+8].astype(np.float32); told = []

@@ -131,7 +131,7 @@ class TrainState:
             o.adam.load_state_dict({"state": moments, "param_groups": o.adam.state_dict()["param_groups"]})
         for n, s in self.samplers.items(): s.load(tensors[f"sampler.{n}"])
 
-# %% ../../nbs/51_train.loop.ipynb #87d67032
+# %% ../../nbs/51_train.loop.ipynb #63e5a273
 class Callback:
     "Override what you need; every method may be left out."
     def on_start(self, done: int, total: int): "Updates done before this call, and the number asked for."
@@ -146,7 +146,7 @@ class ProgressBar(Callback):
     def on_log(self, m):
         if self.bar is None: return
         self.bar.update(m["update"]-self.seen); self.seen = m["update"]
-        self.bar.set_postfix({k: f"{v:.4g}" for k, v in m.items() if k.endswith("_loss")})
+        self.bar.set_postfix({k: f"{v:.4g}" for k, v in m.items() if k.endswith("_loss")}, refresh=False)
     def on_end(self):
         if self.bar is not None: self.bar.close()
 
