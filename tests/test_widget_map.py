@@ -180,12 +180,12 @@ def test_two_fits_never_run_at_once(monkeypatch):
 
 
 def test_a_map_leaves_torchs_threads_alone(monkeypatch): # numba's first parallel loop sets the OpenMP threads of torch too: later trainings differed in their last bits
-    import torch, umap
+    import umap
     class Fake:
         def __init__(self, **kw): pass
         def fit_transform(self, z): torch.set_num_threads(before+1); return np.zeros((len(z), 2))
     monkeypatch.setattr(umap, "UMAP", Fake); before = torch.get_num_threads()
-    umap_map(np.random.default_rng(0).normal(size=(20, 3)))
+    lm.umap_map(np.random.default_rng(0).normal(size=(20, 3)))
     assert torch.get_num_threads() == before
 
 @pytest.mark.slow
