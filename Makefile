@@ -33,7 +33,7 @@ test: export OMP_NUM_THREADS = 1
 test: setup gl browser ## export is fresh, notebooks run, tests pass
 	@.ci/quiet "clam/ is what the notebooks export" .ci/fresh
 	@.ci/quiet "notebooks run" .ci/notebooks
-	@.ci/quiet "tests pass" $(BIN)/python -m pytest
+	@.ci/quiet "tests pass" .ci/tests
 
 bench: setup gl ## throughput against plain reference loops, as ratios
 	@$(BIN)/clam bench $(ARGS)
