@@ -116,7 +116,7 @@ def _relabel(folder): # latent actions of 1000 windows
         for win, t, _ in torch.utils.data.DataLoader(plain, batch_size=1): lam.label(win, t)
     return lambda: label_windows(lam, lam.label, data), one_by_one
 
-# %% ../../nbs/68_evaluate.bench.ipynb #4859ae0f
+# %% ../../nbs/68_evaluate.bench.ipynb #f6be2ed6
 def _render(folder, frames: int=10): # 84x84 MetaWorld frames: recorded settings against MuJoCo's
     from clam.envs.base import make_env
     from clam.envs.rendering import FrameRenderer
@@ -145,7 +145,7 @@ def _bench(parts, turns, quiet) -> dict:
             except Exception as e:
                 if p != "render": raise
                 skipped[p] = str(e); bar.update(); continue            # no way to draw on this machine
-            out[p] = {**r, "unit": unit, "ours_per_second": n/r["ours_s"], "reference_per_second": n/r["reference_s"]}; bar.update()
+            out[p] = {**r, "unit": unit, "clock": "CPU-second" if clock is time.process_time else "second", "ours_per_second": n/r["ours_s"], "reference_per_second": n/r["reference_s"]}; bar.update()
     return {"ratios": {p: round(r["ratio"], 2) for p, r in out.items()}, "parts": out, "skipped": skipped, "threads": 1, "provenance": provenance()}
 
 # %% ../../nbs/68_evaluate.bench.ipynb #d807198c
