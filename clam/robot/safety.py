@@ -244,7 +244,8 @@ def deadman(safe: SafeArm, period_s: float=.05):
             held = safe.lease.held
             if was[0] and not held:
                 with contextlib.suppress(RobotError): safe.arm.hold()       # not safe.hold(): the loop that hangs may own its lock
-                safe.last = None; safe.note("hold", why="the lease ran out")
+                safe.last = None
+                with contextlib.suppress(OSError): safe.note("hold", why="the lease ran out")      # a full disk must not end this thread
             was[0] = held
     t = threading.Thread(target=watch, daemon=True, name="clam-deadman"); t.start()
     try: yield safe
