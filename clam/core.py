@@ -4,16 +4,17 @@
 
 # %% ../nbs/00_core.ipynb #a69805e7
 from __future__ import annotations
-import contextlib, dataclasses, fcntl, hashlib, importlib.metadata, json, os, platform, random, shutil, subprocess, sys, tempfile, time
+import contextlib, dataclasses, fcntl, functools, hashlib, importlib.metadata, json, os, platform, random, shutil, subprocess, sys, tempfile, time
 from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np
 
 # %% auto #0
-__all__ = ['ClamError', 'DatasetError', 'ConfigError', 'CheckpointError', 'EnvError', 'RobotError', 'Episode', 'check_episode',
-           'Spec', 'project_root', 'data_dir', 'atomic_file', 'to_json', 'write_json', 'read_json', 'file_digest',
-           'digest', 'write_manifest', 'check_manifest', 'atomic_dir', 'locked', 'rng_state', 'set_rng_state',
-           'seed_everything', 'sub_seed', 'available_cpus', 'torch_threads', 'git_commit', 'provenance', 'progress']
+__all__ = ['LINE_S', 'ClamError', 'DatasetError', 'ConfigError', 'CheckpointError', 'EnvError', 'RobotError', 'Episode',
+           'check_episode', 'Spec', 'project_root', 'data_dir', 'atomic_file', 'to_json', 'write_json', 'read_json',
+           'file_digest', 'digest', 'write_manifest', 'check_manifest', 'atomic_dir', 'locked', 'rng_state',
+           'set_rng_state', 'seed_everything', 'sub_seed', 'available_cpus', 'torch_threads', 'git_commit',
+           'provenance', 'progress', 'die_with_parent']
 
 # %% ../nbs/00_core.ipynb #17f8266f
 class ClamError(Exception):
@@ -300,7 +301,23 @@ def progress(it=None, desc: str="", total: int|None=None, quiet: bool|None=None,
     from tqdm.auto import tqdm
     if quiet is None: quiet = bool(os.environ.get("CLAM_QUIET"))
     if quiet or sys.stderr.isatty() or "ipykernel" in sys.modules: return tqdm(it, desc=desc, total=total, disable=quiet, leave=False, dynamic_ncols=True, **kw)
-    class Lines: # what tqdm writes to: complete lines, none of those that only wipe the bar
-        def write(self, s): s = s.strip("\r\n "); s and print(s, file=sys.stderr, flush=True)
-        def flush(self): pass
-    return tqdm(it, desc=desc, total=total, leave=False, file=Lines(), ncols=100, ascii=True, mininterval=30, maxinterval=60, delay=30, **kw)
+    return _lines()(it, desc=desc, total=total, leave=False, bar_format="{desc}: {n_fmt}/{total_fmt}, {elapsed} gone, {remaining} to go{postfix}", **kw)
+
+LINE_S = 30.             # seconds between two lines of progress where nobody watches a bar
+@functools.cache
+def _lines(): # a tqdm for log files: however often it is told to refresh, a line now and then
+    from tqdm import tqdm
+    class Lines(tqdm):
+        told = None
+        def display(self, msg=None, pos=None):
+            now = time.monotonic(); self.told = now if self.told is None else self.told
+            if msg == "" or now-self.told < LINE_S: return False
+            self.told = now; print(self, file=sys.stderr, flush=True)
+    return Lines
+
+def die_with_parent():
+    "For the start of a worker process: it ends when its parent has ended, even by kill -9. An orphan would go on training and hold its run."
+    import multiprocessing, threading
+    if (parent := multiprocessing.parent_process()) is None: return
+    def watch(): parent.join(); os._exit(1)
+    threading.Thread(target=watch, daemon=True, name="clam-orphan").start()

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np, pytest
 from ipywidgets.widgets.widget import _instances
 from clam.cli.shell import main
-from clam.core import RobotError
+from clam.core import RobotError, data_dir
 from clam.data.store import check_store
 from clam.robot.base import POSES, FreePlant, Teleop
 from clam.robot.bridge import BridgeArm, BridgeClient, BridgeStub
@@ -17,6 +17,9 @@ from clam.robot.servos import DxlBus, TABLE
 from clam.robot.sim import SimArm, expert, observe
 from clam.widgets import robot
 from clam.widgets.robot import JOGS, ArmPad, ArmPanel, PadSource
+
+@pytest.fixture(autouse=True)
+def elsewhere(monkeypatch, tmp_path): monkeypatch.setenv("CLAM_DATA", str(tmp_path/"data"))       # a real arm's panel writes a journal there
 
 def until(fn, what, seconds=30.):
     end = time.monotonic()+seconds
@@ -122,6 +125,7 @@ def test_stop_wins_over_a_running_policy_on_real_packets():
         ticks = asyncio.run(cell()); assert 4 <= len(ticks) < 200 and p.stopped and "STOPPED" in until(lambda: "STOPPED" in p.health and p.health, "health does not say it")
         time.sleep(1.); assert np.abs(bus.plant.qd_rad_s).max() < .02 and "12.0 V" in p.health
         p.close(); assert bus.servos[2].get("torque_enable") == 1, "closing never drops the arm"
+        lines = [json.loads(l) for l in data_dir("recordings", "dynamixel", "commands.jsonl").read_text().splitlines()]; assert sum("sent_q" in l for l in lines) >= len(ticks) and any(l.get("why") == "stop" for l in lines), "the journal is not whole"
     assert threads() == []
 
 # ---------------------------------------------------------------- recording

@@ -95,8 +95,9 @@ def test_nothing_moves_by_itself():
     assert moved.max() < 5e-3, moved
 
 def test_physics_is_faster_than_time():
-    k = Kitchen(0); t = time.process_time(); k.advance(2.); ratio = 2/(time.process_time()-t)
-    print(f"physics: {ratio:.0f} times real time"); assert ratio > 2
+    k, ratios = Kitchen(0), []
+    for _ in range(3): t = time.process_time(); k.advance(1.); ratios.append(1/(time.process_time()-t))       # processor time: a busy machine takes no part
+    print(f"physics: {max(ratios):.0f} times real time"); assert max(ratios) >= 10
 
 def test_an_explosion_is_an_error(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)                                # MuJoCo writes its log where it stands

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 from tyro.conf import Positional
 from ..config import preset
-from ..core import data_dir, locked
+from ..core import DatasetError, data_dir, locked
 from .command import Command, Preset, existing_run, show_pairs, show_table
 
 # %% auto #0
@@ -74,7 +74,7 @@ class Ladder(Command):
         print(result)
         return {"run": str(run.path), **result.to_dict()}
 
-# %% ../../nbs/90_cli.evaluate.ipynb #b9a3df6d
+# %% ../../nbs/90_cli.evaluate.ipynb #db025b2c
 @dataclass(kw_only=True)
 class Demo(Command):
     "The whole story on MetaWorld Assembly: collect, Stage 1, relabel, Stage 2, evaluate CLAM beside BC-AL, VPT and BC-Expert, write report.html."
@@ -84,6 +84,11 @@ class Demo(Command):
     episodes: int = 1000            # episodes to collect
     seed: int = 0                   # collection and training seed
     workers: int = 0                # processes; 0 = one for each processor
+    def _same(self, data: Path): # what lies there must be what is asked for: going on with other data would be another story
+        from clam.data.store import open_dataset
+        if not data.exists(): return
+        s = open_dataset(data); there, asked = f"{len(s)} episodes of seed {s.meta.get('seed')}", f"{self.episodes} episodes of seed {self.seed}"
+        if there != asked: raise DatasetError("the demo's folder holds other data", got=there, expected=asked, fix="choose another --dir, or remove this folder", where=str(data))
     def do(self) -> dict:
         from clam.collect.recipes import make_dataset
         from clam.evaluate.experiments import run_demo
@@ -91,6 +96,7 @@ class Demo(Command):
         start, folder = time.perf_counter(), Path(self.dir) if self.dir else data_dir("demo")
         data = folder/"episodes"/self.data
         with locked(folder):
+            self._same(data)
             if not data.exists(): print(f"collecting {self.episodes} episodes of {self.data} ..."); make_dataset(self.data, self.episodes, self.seed, data, self.workers)
             print("training and evaluating CLAM, VPT, BC-Expert and BC-AL ...")
             demo = run_demo(folder, data, preset(self.preset, seed=self.seed), self.workers)

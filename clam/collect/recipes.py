@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 from .experts import ScriptedExpert
-from ..core import DatasetError, Episode, available_cpus, data_dir, progress, sub_seed
+from ..core import DatasetError, Episode, available_cpus, data_dir, die_with_parent, progress, sub_seed
 from ..data.store import write_store
 from ..envs.base import Env, make_env
 from ..envs.metaworld import ALL_TASKS
@@ -179,6 +179,7 @@ _episode = None     # the collector of this worker process
 
 def _start_worker(*args): # args of `collector`
     global _episode
+    die_with_parent()
     _episode = recipe_for(args[0]).collector(*args)
 def _work(k): return _episode(k)
 

@@ -12,7 +12,7 @@ from multiprocessing import get_context
 from pathlib import Path
 import torch
 from ..config import IMAGE_MODELS, Config, identity
-from ..core import DatasetError, EnvError, available_cpus, data_dir, digest, progress, provenance, read_json, write_json
+from ..core import DatasetError, EnvError, available_cpus, data_dir, die_with_parent, digest, progress, provenance, read_json, write_json
 from ..data.store import open_dataset
 from ..envs.rendering import choose_gl
 from .probes import decoded_action_r2, linear_probe, recon_vs_cheat
@@ -140,7 +140,7 @@ def finished_record(table: str, cell: Cell, root=None) -> dict|None:
 _TO_PARENT = [] # in a worker: the queue that progress goes to
 
 def _start(queue, threads: int): # once in each worker
-    torch.set_num_threads(threads); _TO_PARENT.append(queue)
+    die_with_parent(); torch.set_num_threads(threads); _TO_PARENT.append(queue)
 
 class _Tell(Callback):
     "Sends `(cell, what it is doing)` to the parent process."

@@ -12,7 +12,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Callable, Protocol
 import numpy as np, torch
-from ..core import CheckpointError, EnvError, Episode, Spec, available_cpus, digest, progress, provenance, read_json, torch_threads, write_json
+from ..core import CheckpointError, EnvError, Episode, Spec, available_cpus, die_with_parent, digest, progress, provenance, read_json, torch_threads, write_json
 from ..config import EvalConfig
 from ..data.store import EpisodeStore, write_store
 from ..envs.base import make_env
@@ -75,7 +75,7 @@ def _rolls(env_name, agent_path, load, seeds, workers: int, render=False):
                 for s in seeds: yield rollout(env, agent, s), env.spec
         return
     work = importlib.import_module("clam.evaluate.rollout")._roll      # by name: what the new processes will import
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=die_with_parent)
     try:
         for f in [pool.submit(work, env_name, agent_path, load, s, render) for s in seeds]: yield f.result()
     except BrokenProcessPool: raise EnvError("an evaluation worker died", got=f"{workers} workers", fix="look for its message above; without one it ran out of memory: use fewer workers; a script needs `if __name__ == '__main__':` around the call", where=env_name) from None

@@ -65,7 +65,7 @@ class _Parts: # accepted episodes, each a store of its own until `finish`
     def episodes(self):
         for p in self.folders(): yield EpisodeStore(p)[0]
 
-# %% ../../nbs/78_robot.recorder.ipynb #324bfaca
+# %% ../../nbs/78_robot.recorder.ipynb #8d6db222
 class _Listening:
     def __init__(self,
         safe: SafeArm,           # the guarded arm to listen to
@@ -76,7 +76,7 @@ class _Listening:
     ):
         self.safe, self.path, self.name, self.cameras, self.period_s = safe, Path(path), name, cameras, period_s
         self.parts, self.journal = _Parts(self.path/"parts"), _Journal(self.path/"commands.jsonl")
-        self.running, self.pending, self._seen, self._views = None, None, None, {}; safe.listeners.append(self._step)
+        self.running, self.pending, self._seen, self._views = None, None, None, {}; safe.listeners.append(self._step); safe.watchers.append(self._note)
     @property
     def space(self) -> str: return self.safe.filter.cfg.space
     def look(self) -> dict:
@@ -92,6 +92,7 @@ class _Listening:
         "Start an episode. `meta` is kept with it: task, operator, policy, seed ..."
         if self.running is not None or self.pending is not None: raise RobotError("an episode is under way", fix="end() it and accept() or discard() it first", where=str(self.path))
         self.running = {"obs": [], "frames": [], "act": [], "requested": [], "q_target": [], "stamps_s": [], "reasons": [], "holds": [], "meta": meta}
+    def _note(self, entry: dict): self.journal.write(episode=None, step=None, **entry) # called by the arm for `go`, `hold`, ...
     def _step(self, log: StepLog): # called by the arm for each control step
         r = self.running; sent = log.sent
         self.journal.write(episode=None if r is None else self.parts.next(), step=None if r is None else len(r["act"]), t_s=log.t_s, requested=_plain(log.requested), sent_q=sent.q_target_rad.tolist(), sent_gripper=sent.gripper, hold=sent.hold,
@@ -100,7 +101,7 @@ class _Listening:
         r["obs"].append(log.state.vector); r["frames"].append(self._frame()); r["act"].append(to_unit(self.space, sent_action(sent, self.space))); r["requested"].append(_plain(log.requested))
         r["q_target"].append(sent.q_target_rad.tolist()); r["stamps_s"].append(log.t_s); r["reasons"].append(list(sent.kinds)); r["holds"].append(sent.hold)
 
-# %% ../../nbs/78_robot.recorder.ipynb #ca19202e
+# %% ../../nbs/78_robot.recorder.ipynb #44f91e88
 class RobotRecorder(_Listening):
     "`begin()`, drive the arm, `end()`, then `accept(score)` or `discard()`. `finish(out)` makes one dataset of all that was accepted."
     def end(self) -> Episode:
@@ -135,7 +136,8 @@ class RobotRecorder(_Listening):
         if not keep: shutil.rmtree(self.parts.path); self.parts.path.mkdir()
         return EpisodeStore(out)
     def close(self):
-        if self._step in self.safe.listeners: self.safe.listeners.remove(self._step)
+        for there, mine in ((self.safe.listeners, self._step), (self.safe.watchers, self._note)):
+            if mine in there: there.remove(mine)
         self.journal.close()
     def __enter__(self): return self
     def __exit__(self, *exc): self.close()

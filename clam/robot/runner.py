@@ -48,7 +48,7 @@ class GripperSwitch:
         if self.count >= self.hold_steps: self.state, self.count = wish, 0
         return self.state
 
-# %% ../../nbs/79_robot.runner.ipynb #e1a797ae
+# %% ../../nbs/79_robot.runner.ipynb #8a0ac621
 class RobotPolicy(Protocol):
     "`policy(state [7], {camera: frame}, t) -> chunk [k, 7] or action [7]`."
     def __call__(self, state: np.ndarray, frames: dict, t: int) -> np.ndarray: ...
@@ -63,10 +63,10 @@ class Tick:
     skipped: int = 0    # whole periods that were missed before it
 
 def timing(ticks, period_s: float) -> dict:
-    "`ticks`, `overruns`, `skipped`, and percentiles of thinking time and lateness in seconds."
+    "`ticks`, `overruns`, `skipped`, percentiles of thinking time and lateness in seconds, and `period_error_p95`: how far the time between two starts is from the period, as a share of it."
     if not ticks: return {"ticks": 0, "overruns": 0, "skipped": 0}
-    late, think = np.array([k.late_s for k in ticks]), np.array([k.think_s for k in ticks]); p = lambda a, q: float(np.percentile(a, q))
-    return {"ticks": len(ticks), "overruns": int((late > .05*period_s).sum()), "skipped": sum(k.skipped for k in ticks), "think_p50_s": p(think, 50), "think_p95_s": p(think, 95), "late_p95_s": p(late, 95), "period_error_p95": p(late, 95)/period_s}
+    late, think, skip = (np.array([getattr(k, n) for k in ticks]) for n in ("late_s", "think_s", "skipped")); off = np.abs(skip[:-1]+np.diff(late)/period_s) if len(ticks) > 1 else np.zeros(1); p = lambda a, q: float(np.percentile(a, q))
+    return {"ticks": len(ticks), "overruns": int((late > .05*period_s).sum()), "skipped": sum(k.skipped for k in ticks), "think_p50_s": p(think, 50), "think_p95_s": p(think, 95), "late_p95_s": p(late, 95), "period_error_p95": p(off, 95)}
 
 # %% ../../nbs/79_robot.runner.ipynb #bc7c7080
 class _Asking:

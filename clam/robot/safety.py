@@ -182,7 +182,7 @@ class Lease:
     @property
     def left_s(self) -> float: return max(0., self._until-self.clock())
 
-# %% ../../nbs/72_robot.safety.ipynb #7b86ccf3
+# %% ../../nbs/72_robot.safety.ipynb #ec945548
 @dataclass(frozen=True)
 class StepLog:
     "One control step: asked, sent, measured."
@@ -195,17 +195,25 @@ class SafeArm:
     "A backend behind the filter. `step(action)` is the only way to move, apart from `go` to a pose."
     def __init__(self, arm: ArmBackend, cfg: SafetyConfig=SafetyConfig(), lease: Lease|None=None, keep: int=10_000):
         self.arm, self.filter, self.lease, self.last, self.stopped = arm, SafetyFilter(cfg), lease, None, False
-        self.log: collections.deque = collections.deque(maxlen=keep); self.listeners: list[Callable] = []; self._lock = threading.RLock()
+        self.log: collections.deque = collections.deque(maxlen=keep); self.listeners: list[Callable] = []; self._lock = threading.RLock()      # control steps
+        self.notes: collections.deque = collections.deque(maxlen=keep); self.watchers: list[Callable] = []                                     # every other command
+    def note(self, event: str, **about):
+        "Log a command that is no control step: `go`, `arrived`, `hold`, `resume`."
+        entry = {"event": event, "t_s": self.arm.now(), **about}; self.notes.append(entry)
+        for f in self.watchers: f(entry)
     def __enter__(self): self.arm.__enter__(); return self
-    def __exit__(self, *exc): return self.arm.__exit__(*exc)
+    def __exit__(self, *exc): self.note("hold", why="leaving"); return self.arm.__exit__(*exc)
     def read(self) -> ArmState: return self.arm.read()
-    def hold(self):
-        with self._lock: self.last = None; self.arm.hold()
-    def stop(self): self.stopped = True; self.hold()          # latches
-    def resume(self): self.stopped, self.last = False, None
+    def hold(self, why: str=""):
+        with self._lock:
+            self.last = None
+            try: self.arm.hold()
+            finally: self.note("hold", why=why)
+    def stop(self): self.stopped = True; self.hold("stop")          # latches
+    def resume(self): self.stopped, self.last = False, None; self.note("resume")
     def go(self, q_rad, duration_s: float=2.):
         if self.stopped: raise RobotError("the arm is stopped", fix="look at it, then call resume()", where=self.arm.name)
-        self.last = None; self.arm.go(q_rad, duration_s)
+        self.last = None; self.note("go", sent_q=np.asarray(q_rad).tolist(), duration_s=duration_s); self.arm.go(q_rad, duration_s); self.note("arrived", measured_q=self.read().q_rad.tolist())
 
     def step(self, action, dt_s: float=.2, wait: bool=True) -> Sent:
         "Read, filter, send; with `wait` until the step is over. Returns what was really sent."
@@ -215,18 +223,17 @@ class SafeArm:
                 sent = _hold(state, state.gripper, "stop: call resume() to move again") if self.stopped else self.filter(action, state, self.last, dt_s, self.arm.now(), held)
                 if sent.hold: self.arm.hold()
                 else: self.arm.command(sent.q_target_rad, sent.gripper, dt_s)
-            except BaseException:
-                self.last = None
-                with contextlib.suppress(RobotError): self.arm.hold()
+            except BaseException as e:
+                with contextlib.suppress(RobotError): self.hold(f"{type(e).__name__}: {e}")
                 raise
             self.last = sent; entry = StepLog(state.stamp_s, action, sent, state); self.log.append(entry)
             for f in self.listeners: f(entry)
         try:
             if wait: self.arm.wait(dt_s)
-        except BaseException: self.hold(); raise
+        except BaseException as e: self.hold(type(e).__name__); raise
         return sent
 
-# %% ../../nbs/72_robot.safety.ipynb #85548a50
+# %% ../../nbs/72_robot.safety.ipynb #5d235c23
 @contextlib.contextmanager
 def deadman(safe: SafeArm, period_s: float=.05):
     "While the block runs, a daemon thread calls `hold` once whenever the lease runs out."
@@ -238,6 +245,7 @@ def deadman(safe: SafeArm, period_s: float=.05):
             if was[0] and not held:
                 with contextlib.suppress(RobotError): safe.arm.hold()       # not safe.hold(): the loop that hangs may own its lock
                 safe.last = None
+                with contextlib.suppress(OSError): safe.note("hold", why="the lease ran out")      # a full disk must not end this thread
             was[0] = held
     t = threading.Thread(target=watch, daemon=True, name="clam-deadman"); t.start()
     try: yield safe

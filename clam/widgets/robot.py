@@ -189,6 +189,8 @@ class _ArmState(Panel):
 
 # %% ../../nbs/89_widgets.robot.ipynb #43a3df0c
 class _Steering(_ArmState):
+    def _keep(self): # the recording session; it also writes down every command
+        if self.recorder is None: self.recorder = RobotRecorder(self.safe, self._folder or data_dir("recordings", self.arm.name), f"widowx-{self.arm.name}", period_s=self.period_s); self.episodes = len(self.recorder)
     def _steer(self): # one control step by hand, if there is anything to do -> what the cameras saw, when an episode runs
         t = self.source.poll(self.safe.read()); runs = self.recording == "running"
         if t.enabled and self.source is not self.pad: self.lease.beat()
@@ -208,7 +210,12 @@ class _Steering(_ArmState):
         if self.connected:
             if (f := getattr(self.arm, "recover", None) or getattr(getattr(self.arm, "client", None), "recover", None)): f(); self.safe.last = None
             return
-        self.arm.connect(); s = self.safe.read(); self._say(s); self.connected = True; self._over.clear(); self._grip, self.pad.gripper = float(s.gripper > .5), None
+        self.arm.connect()
+        try:
+            s = self.safe.read(); self._say(s)
+            if not (self.lockstep or hasattr(self.arm, "kitchen")): self._keep()      # what moves by itself keeps a journal from the first command on
+        except BaseException: self.arm.close(); raise
+        self.connected = True; self._over.clear(); self._grip, self.pad.gripper = float(s.gripper > .5), None
         self._deadman = deadman(self.safe); self._deadman.__enter__(); self._listen(True)
         if self.threaded: self._thread = threading.Thread(target=self._loop, daemon=True, name="clam-arm-panel"); self._thread.start()
     @guarded
@@ -292,7 +299,7 @@ class _Recording(_Moving):
         if self.recording == "running": return self._end()
         if self.recording == "waiting": raise RobotError("an episode waits for its verdict", fix="accept() or discard() it")
         if not self.connected: raise RobotError("not connected", fix="connect() first")
-        if self.recorder is None: self.recorder = RobotRecorder(self.safe, self._folder or data_dir("recordings", self.arm.name), f"widowx-{self.arm.name}", period_s=self.period_s); self.episodes = len(self.recorder)
+        self._keep()
         if self.runner is not None: self.runner.recorder = self.recorder
         k = getattr(self.arm, "kitchen", None); about = {"task": k.task, "seed": k.seed} if k is not None else {}
         self.recorder.begin(**about | meta); self.recording, self.score = "running", None

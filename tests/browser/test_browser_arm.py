@@ -1,6 +1,7 @@
 """Pins that a person can drive the arm from the page: connect, jog by button and by key, let go by leaving, stop while a cell runs,
-record, score and accept. The arm is the simulation in real time."""
+record, score and accept. The arm is the simulation in real time. The pad alone, with a made-up gamepad, needs no kernel."""
 import re
+from clam.widgets.robot import JOGS, PadSource, _PAD
 from lab import until
 
 ARM = '''import asyncio
@@ -52,3 +53,27 @@ def test_record_score_accept(book):
     b.button("clam-arm-accept"); until(lambda: re.search("^1 kept", b.shows("clam-arm-count")), 20, "not accepted"); b.button("clam-arm-scene"); until(lambda: "score 0" in said(b), 20, "the scene is the old one")
     b.button("clam-arm-record"); jog(b, "y+").click(); until(lambda: b.ask("len(panel.recorder.running['act'])"), 20, "the jog is not in the episode"); b.button("clam-arm-discard"); until(lambda: b.shows("clam-arm-count") == "1 kept", 20, "not discarded")
     assert b.ask("(lambda e: [e.meta['score'], e.meta['task']])(panel.finish(data_dir('episodes', 'browser-arm'))[0])") == [.5, "reach-block"] and b.ask("panel.message") == ""
+
+PAD = """async ([esm, jogs]) => {
+  window.sent = []; window.pressed = new Array(16).fill(false); window.axes = [0, -1, 0, 0]; window.eyes = "visible";
+  navigator.getGamepads = () => [{ connected: true, axes: window.axes, buttons: window.pressed.map((p) => ({ pressed: p })) }];
+  Object.defineProperty(document, "visibilityState", { get: () => window.eyes });
+  const { default: pad } = await import(URL.createObjectURL(new Blob([esm], { type: "text/javascript" }))), el = document.createElement("div"); document.body.append(el);
+  pad.render({ el, model: { get: (k) => ({ jogs, visible: false })[k], set: () => {}, save_changes: () => {}, send: (m) => window.sent.push(m) } });
+}"""
+
+def test_gamepad_heartbeat_and_zero_on_blur(lab):
+    page = lab.browser.new_page(); page.goto("about:blank"); page.evaluate(PAD, [_PAD, [list(j) for j in JOGS.items()]])
+    do = lambda js: page.evaluate(f"() => {{ {js} }}"); now = lambda: page.evaluate("() => performance.now()/1000")
+    def said(what, since): return until(lambda: [m for m in page.evaluate("() => window.sent")[since:] if m["kind"] == "pad" and what(m)], 20, "the pad is silent")
+    def n(): return page.evaluate("() => window.sent.length")
+    def let_go(since, why): # the last word was: nobody is there
+        m = said(lambda m: not m["on"], since)[-1]; assert not m["held"] and not m["axes"], why; source = PadSource(clock=now); source.lease.beat(); source.hear(m); assert not source.poll(None if source.gripper else type("S", (), {"gripper": 1.})).enabled, why
+    page.wait_for_timeout(300); assert not any(m["on"] for m in page.evaluate("() => window.sent")), "a stick alone, without the shoulder button, moves nothing"
+    k = n(); do("window.pressed[4] = true"); until(lambda: sum(m["on"] for m in page.evaluate("() => window.sent")[k:]) > 8, 20, "no heartbeat"); beats = said(lambda m: m["on"], k); apart = sorted(b["at"]-a["at"] for a, b in zip(beats, beats[1:])); assert 80 < apart[len(apart)//2] < 250, apart
+    source = PadSource(clock=now); fresh = said(lambda m: m["on"], n()-1)[-1]; assert source.hear(fresh); t = source.poll(type("S", (), {"gripper": 1.})); assert t.enabled and t.delta[0] > .01 and abs(t.delta[1:]).max() == 0
+    k = n(); do("window.pressed[4] = false"); let_go(k, "the shoulder button was let go")
+    do("window.pressed[5] = true"); said(lambda m: m["on"], n()-1); k = n(); do("window.eyes = 'hidden'; document.dispatchEvent(new Event('visibilitychange'))"); let_go(k, "the page is hidden"); do("window.eyes = 'visible'; window.pressed[5] = false")
+    page.locator(".clam-arm-pad").focus(); k = n(); page.keyboard.down("w"); said(lambda m: m["held"] == ["x+"], k); k = n(); do("window.dispatchEvent(new Event('blur'))"); let_go(k, "the window lost the focus with a key down")
+    k = n(); page.keyboard.down("a"); said(lambda m: "y+" in m["held"], k); k = n(); do("window.dispatchEvent(new Event('gamepaddisconnected'))"); let_go(k, "the gamepad was pulled out")
+    page.close()
