@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 
 # %% auto #0
-__all__ = ['ClamError', 'DatasetError', 'ConfigError', 'CheckpointError', 'EnvError', 'RobotError', 'Episode', 'check_episode',
-           'Spec', 'project_root', 'data_dir', 'atomic_file', 'to_json', 'write_json', 'read_json', 'file_digest',
-           'digest', 'write_manifest', 'check_manifest', 'atomic_dir', 'locked', 'rng_state', 'set_rng_state',
-           'seed_everything', 'sub_seed', 'available_cpus', 'git_commit', 'provenance', 'progress']
+__all__ = ['FAVOUR', 'ClamError', 'DatasetError', 'ConfigError', 'CheckpointError', 'EnvError', 'RobotError', 'Episode',
+           'check_episode', 'Spec', 'project_root', 'data_dir', 'atomic_file', 'to_json', 'write_json', 'read_json',
+           'file_digest', 'digest', 'write_manifest', 'check_manifest', 'atomic_dir', 'locked', 'rng_state',
+           'set_rng_state', 'seed_everything', 'sub_seed', 'available_cpus', 'git_commit', 'provenance', 'progress',
+           'ensemble_weights', 'Ensembler']
 
 # %% ../nbs/00_core.ipynb #17f8266f
 class ClamError(Exception):
@@ -291,3 +292,22 @@ def progress(it=None, desc: str="", total: int|None=None, quiet: bool|None=None,
     from tqdm.auto import tqdm
     if quiet is None: quiet = not (sys.stderr.isatty() or "ipykernel" in sys.modules) or bool(os.environ.get("CLAM_QUIET"))
     return tqdm(it, desc=desc, total=total, disable=quiet, leave=False, dynamic_ncols=True, **kw)
+
+# %% ../nbs/00_core.ipynb #56610107
+FAVOUR = ("old", "new")
+
+def ensemble_weights(n: int, m: float=.5, favour: str="old") -> np.ndarray: # [n], oldest prediction first, sum 1
+    if favour not in FAVOUR: raise ConfigError("ensembling favours old or new predictions", got=favour, expected=" or ".join(FAVOUR))
+    w = np.exp(-m*np.arange(n)); w = w if favour == "old" else w[::-1]
+    return w/w.sum()
+
+class Ensembler:
+    "`add(t, chunk)`, then `action(t)`: what all chunks say about step t, averaged."
+    def __init__(self, m: float=.5, favour: str="old"): self.m, self.favour, self.chunks = m, favour, []; ensemble_weights(1, m, favour)
+    def reset(self): self.chunks = []
+    def add(self, t: int, chunk): # chunk [k, A], its first row is for step t
+        self.chunks = [(s, c) for s, c in self.chunks if s+len(c) > t and s < t]+[(t, np.asarray(chunk, float))]
+    def action(self, t: int) -> np.ndarray: # [A]
+        said = np.array([c[t-s] for s, c in self.chunks if 0 <= t-s < len(c)])
+        if not len(said): raise RobotError("no chunk covers this step", got=f"step {t}", fix="add(t, chunk) first")
+        return ensemble_weights(len(said), self.m, self.favour) @ said
