@@ -35,9 +35,9 @@ def table_name(n: int, preset_name: str) -> str: return f"table{n}-{preset_name}
 def paper_cell(n: int, label: str, env: str) -> tuple[float, float|None]: # the paper's success and spread
     return PAPER[n][label][tasks_of(n).index(env)]
 
-# %% ../../nbs/64_evaluate.tables.ipynb #1ba81e8f
+# %% ../../nbs/64_evaluate.tables.ipynb #87edeb6d
 DEMOS = dict.fromkeys(KITCHEN, 30) | {"widowx/block-in-pot": 50}   # Appendix F
-_ONE_THREAD = dict(lam__patch=16, lam__n_layers=1, stage1__updates=400, stage1__batch=32, stage1__labelled_batch=32, idm__updates=400, idm__batch=32, stage2__updates=200, stage2__batch=32, bc__updates=200, bc__batch=32,
+_ONE_THREAD = dict(lam__patch=16, lam__n_layers=1, stage1__updates=300, stage1__batch=32, stage1__labelled_batch=32, idm__updates=300, idm__batch=32, stage2__updates=200, stage2__batch=16, bc__updates=200, bc__batch=16,
     policy__image_width=1, policy__embed_dim=64, policy__hidden_dim=128) # what an hour of one thread allows; the paper: 20,000 updates of 256
 _APPENDIX_F = dict(stage2__updates=20_000, stage2__batch=256, bc__updates=20_000, bc__batch=256)
 

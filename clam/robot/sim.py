@@ -19,7 +19,7 @@ __all__ = ['ARM', 'SLICES', 'OBS_DIM', 'ACT_DIM', 'PERIOD_S', 'SCALE', 'FAMILY',
            'HIGH', 'STEADY_GRIP', 'COLLECT_SEEDS', 'RECIPES', 'SimArm', 'SimCamera', 'observe', 'WidowXEnv', 'View',
            'Scripted', 'expert', 'wobble', 'player', 'record', 'KitchenMix', 'KitchenAll']
 
-# %% ../../nbs/74_robot.sim.ipynb #7b058f30
+# %% ../../nbs/74_robot.sim.ipynb #fae17215
 class SimArm(BaseArm):
     "The arm in a simulated kitchen."
     name = "sim"
@@ -41,7 +41,7 @@ class SimArm(BaseArm):
         k = self.kitchen
         with self.lock:
             self._owed += seconds; n = int(self._owed/k.dt_s+1e-6); self._owed -= n*k.dt_s
-            for _ in range(n): k.set_targets(self._motion.at(k.t+k.dt_s-self._t0)[0]); k.advance(k.dt_s)
+            k.advance(n*k.dt_s, lambda t: self._motion.at(t-self._t0)[0])
 
     def _run(self): # the thread of the real-time clock; what it missed by more than 0.1 s is lost
         last = time.monotonic()
