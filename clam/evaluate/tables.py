@@ -12,8 +12,8 @@ from .experiments import Cell, table_cells
 from .stats import Interval, wilson
 
 # %% auto #0
-__all__ = ['TASKS', 'KITCHEN', 'LABELS', 'PAPER', 'DEMOS', 'tasks_of', 'table_name', 'paper_cell', 'kitchen_config', 'plan',
-           'points', 'beside']
+__all__ = ['TASKS', 'KITCHEN', 'LABELS', 'PAPER', 'KITCHEN_DATA', 'DEMOS', 'tasks_of', 'table_name', 'paper_cell',
+           'kitchen_config', 'plan', 'points', 'beside']
 
 # %% ../../nbs/64_evaluate.tables.ipynb #86bc522e
 TASKS = ("metaworld/assembly", "metaworld/bin-picking", "metaworld/peg-insert-side", "metaworld/shelf-place")
@@ -35,7 +35,8 @@ def table_name(n: int, preset_name: str) -> str: return f"table{n}-{preset_name}
 def paper_cell(n: int, label: str, env: str) -> tuple[float, float|None]: # the paper's success and spread
     return PAPER[n][label][tasks_of(n).index(env)]
 
-# %% ../../nbs/64_evaluate.tables.ipynb #87edeb6d
+# %% ../../nbs/64_evaluate.tables.ipynb #325e21d8
+KITCHEN_DATA = dict(episodes=198, frames=64)                       # 40 episodes of play and 158 demonstrations; the paper: 50,000 transitions of play
 DEMOS = dict.fromkeys(KITCHEN, 30) | {"widowx/block-in-pot": 50}   # Appendix F
 _ONE_THREAD = dict(lam__patch=16, lam__n_layers=1, stage1__updates=300, stage1__batch=32, stage1__labelled_batch=32, idm__updates=300, idm__batch=32, stage2__updates=200, stage2__batch=16, bc__updates=200, bc__batch=16,
     policy__image_width=1, policy__embed_dim=64, policy__hidden_dim=128) # what an hour of one thread allows; the paper: 20,000 updates of 256
@@ -45,7 +46,7 @@ def kitchen_config(preset_name: str, env: str, seed: int=0) -> Config:
     "One task of Table 3: labelled play, unlabelled experts of this task, the policy of Appendix F, ten rollouts."
     size = _APPENDIX_F if preset_name == "paper" else _ONE_THREAD
     return preset(preset_name, "space_time", seed).replace(**size, policy__image_encoder="act", policy__chunk=5, split__task=env.partition("/")[2], split__n_expert=DEMOS[env], split__n_labelled=36, split__labelled="random",
-        split__heldout_fraction=.05, eval__episodes=10, eval__videos=0)
+        split__heldout_fraction=.05, eval__episodes=10, eval__videos=0, eval__workers=1)
 
 def plan(n: int, preset_name: str="quick", seeds=(0,), tasks=None, labels=None) -> list[Cell]:
     "The cells of table `n` at a preset: every method on every task, for each training seed. `labels` picks some methods."
