@@ -295,7 +295,7 @@ def test_continuous_model_has_no_quantiser_and_needs_no_library(monkeypatch):
 # ---- errors ----
 @pytest.mark.parametrize("f, words", [
     (lambda: build_lam(LAMConfig(), (3, 64, 64)), "mlp reads states"), (lambda: build_lam(LAMConfig(model="conv"), 39), "conv reads square pictures"), (lambda: make("space_time", obs=(3, 16, 32)), "square pictures"),
-    (lambda: make("conv", step_units=True), "step_units is for states"), (lambda: make("space_time", linear_skip=True), "linear_skip is for states"), (lambda: make("conv", hand_state=True), "sees pictures only"),
+    (lambda: make("space_time", linear_skip=True), "linear_skip is for states"), (lambda: make("conv", hand_state=True), "sees pictures only"),
     (lambda: make("mlp", quantise="vq-lapo", latent_dim=12), "multiple of 8"), (lambda: make("space_time").encode(windows()[0][:, 1:]), "window has the wrong shape; got .*3, 16, 16"),
     (lambda: make("space_time", hand_state=True)(*windows()[:2]), "got none"), (lambda: make("space_time", hand_state=True)(*windows()[:2], windows()[2][..., :3]), "hand has the wrong shape"),
     (lambda: make("space_time").encode(windows()[0], torch.full((6,), 49)), "max_positions=50")])

@@ -103,28 +103,31 @@ class Demo(Command):
 # %% ../../nbs/90_cli.evaluate.ipynb #0c288d06
 @dataclass(kw_only=True)
 class Table(Command):
-    "Run what is missing of a table of the paper (4: 50 labelled trajectories, 5: 100), then print it beside the paper's numbers."
-    number: Positional[Literal[4, 5]] # table of the paper
-    preset: Preset = "quick"        # sizes and updates; `paper` is the paper's budget
+    "Run what is missing of a table of the paper (4: 50 labelled trajectories, 5: 100) or of the image run, then print it beside the paper's numbers."
+    number: Positional[Literal[4, 5, "images"]] # table of the paper, or `images`: every method on pictures of one task
+    preset: Preset = "quick"        # sizes and updates; `paper` is the paper's budget; the image run has a budget of its own
     seeds: int = 1                  # training seeds; the paper has 3
-    tasks: tuple[str, ...] = ("assembly", "bin-picking", "peg-insert-side", "shelf-place") # which of the four
-    methods: tuple[str, ...] = ("bc-al", "vpt", "clam-mlp", "clam-transformer", "bc-expert") # which rows
+    tasks: tuple[str, ...] = ()     # which of the four; default: all, of the image run assembly
+    methods: tuple[str, ...] = ()   # which rows; default: bc-al, vpt, clam-mlp, clam-transformer, bc-expert, of the image run all
     run_missing: bool = True        # `--no-run-missing` only shows what there is
     processes: int = 1              # cells at a time
+    STATE_ROWS = ("bc-al", "vpt", "clam-mlp", "clam-transformer", "bc-expert")
     def do(self) -> dict:
         from clam.collect.recipes import make_dataset
         from clam.data.store import list_datasets
         from clam.evaluate.experiments import load_records, run_table
-        from clam.evaluate.tables import beside, plan
-        name = f"table{self.number}-{self.preset}"
-        cells = plan(self.number, self.preset, range(self.seeds), tuple(f"metaworld/{t}" for t in self.tasks), self.methods)
+        from clam.evaluate.tables import IMAGE_EPISODES, IMAGE_SIDE, TASKS, beside, plan, plan_images, save_frames
+        pictures, tasks = self.number == "images", tuple(f"metaworld/{t}" for t in self.tasks)
+        if pictures: task, = tasks or TASKS[:1]; name, cells = f"{Path(task).name}-images", plan_images(task, range(self.seeds), self.methods)
+        else: name, cells = f"table{self.number}-{self.preset}", plan(self.number, self.preset, range(self.seeds), tasks or TASKS, self.methods or self.STATE_ROWS)
         if self.run_missing:
-            for d in dict.fromkeys(c.data for c in cells):
-                if d not in list_datasets(): make_dataset(d, out=data_dir("episodes", d))
+            for c in {c.data: c for c in cells}.values():
+                if c.data not in list_datasets(): make_dataset(c.env, out=data_dir("episodes", c.data), **({"episodes": IMAGE_EPISODES, "frames": IMAGE_SIDE} if pictures else {}))
             run_table(name, cells, self.processes)
+            if pictures: save_frames(name, cells)
         rows = beside(self.number, load_records(name))
         show_table([{"method": r["method"], "task": r["task"], "ours": f"{r['success']:.2f} [{r['success_ci95'][0]:.2f}, {r['success_ci95'][1]:.2f}]", "seeds": r["seeds"], "episodes": r["episodes"],
-            "the paper": f"{r['paper']:.2f} ± {r['paper_spread']:.2f}"} for r in rows])
+            "the paper": f"{r['paper']:.2f} ± {r['paper_spread']:.2f}" if "paper" in r else ""} for r in rows])
         return {"cells": rows}
 
 # %% ../../nbs/90_cli.evaluate.ipynb #fe8c7296

@@ -21,6 +21,7 @@ from .stats import Interval, Pooled, paired_difference, pooled
 from ..train.checkpoint import Run
 from ..train.latent_baselines import train_method
 from ..train.loop import Callback
+from ..train.stage2 import adopt_stage1
 
 # %% auto #0
 __all__ = ['MAX_PROCESSES', 'DEMO_METHODS', 'diagnose', 'StageClock', 'label', 'experiment_digest', 'run_method', 'record_path',
@@ -51,25 +52,26 @@ class StageClock(Callback):
 
 # %% ../../nbs/63_evaluate.experiments.ipynb #97847adf
 def label(method: str, cfg: Config) -> str: # how a table names a method: `clam-mlp`, `clam-transformer`, `vpt`, `bc-al` ...
-    arm = [*[cfg.lam.quantise]*(cfg.lam.quantise != "none"), *["unjoint"]*(not cfg.stage1.joint)] if method == "clam" else [] # the arms of Tables 2 and 6
+    arm = [*[cfg.lam.quantise]*(cfg.lam.quantise != "none"), *["unjoint"]*(not cfg.stage1.joint), *[cfg.stage2.policy_init]*(cfg.stage2.policy_init != "scratch")] if method == "clam" else [] # the arms of Tables 2 and 6, and of section 3.2
     return "-".join([method, *[cfg.lam.model]*(method == "clam" or cfg.lam.model in IMAGE_MODELS), *arm])
 
 def experiment_digest(method: str, cfg: Config) -> str: # identifies what was run, whatever the training seed and the number of processes
     return digest([method, identity(cfg.replace(seed=0, eval__workers=0, eval__videos=0))])
 
-def run_method(method: str, dataset, cfg: Config, run, callbacks=(), env_name: str|None=None, quiet: bool|None=None, workers: int|None=None, threads: int|None=None) -> dict:
-    "Train `method` on `dataset` into the run directory (or go on where it stopped), evaluate it, diagnose it; returns its record."
+def run_method(method: str, dataset, cfg: Config, run, callbacks=(), env_name: str|None=None, quiet: bool|None=None, workers: int|None=None, threads: int|None=None, stage1=None) -> dict:
+    "Train `method` on `dataset` into the run directory (or go on where it stopped), evaluate it, diagnose it; returns its record. `stage1`: the run whose Stage 1 it takes over; what is known about that is not measured again."
     store, run = dataset if hasattr(dataset, "obs_starts") else open_dataset(dataset), Run(run)
     clock = StageClock(run.path)
+    if stage1: adopt_stage1(run, stage1, store, cfg)
     train_method(method, store, cfg, run.path, callbacks=[*callbacks, clock], resume=True, quiet=quiet, threads=threads)
     with clock.timing("evaluate"): result = evaluate(run.path, env_name, cfg.eval, quiet=quiet, workers=workers)
-    with clock.timing("diagnose"): diagnostics = diagnose(run, store)
+    with clock.timing("diagnose"): diagnostics = {} if stage1 else diagnose(run, store)
     r, ep = result.record, result.record["records"]
     return {"method": method, "label": label(method, cfg), "model": cfg.lam.model, "env": r["env"], "dataset": store.name, "preset": cfg.preset, "seed": cfg.seed, "labels": len(run.splits.labelled),
         "experiment": experiment_digest(method, cfg), "config_digest": cfg.digest, "data_digest": store.digest, "splits_digest": run.splits.digest, "first_seed": r["first_seed"],
         "successes": [e["success"] for e in ep], "successes_last": [e["success_last"] for e in ep], "returns": [round(e["return"], 4) for e in ep],
         **{k: r[k] for k in ("episodes", "success", "success_ci95", "success_last", "success_last_ci95", "return_mean", "return_ci95", "normalized_return", "normalized_return_ci95")},
-        "diagnostics": diagnostics, "seconds": clock.read(), "provenance": provenance()}
+        **({"stage1_of": Path(stage1).name} if stage1 else {}), "diagnostics": diagnostics, "seconds": clock.read(), "provenance": provenance()}
 
 # %% ../../nbs/63_evaluate.experiments.ipynb #4a99adda
 def record_path(table: str, method_label: str, env: str, seed: int, root=None) -> Path: # where a cell's record lies; `root` replaces data/results
@@ -126,6 +128,7 @@ class Cell:
     cfg: Config              # everything else, the training seed included
     run: str                 # run directory
     env: str|None = None     # where to evaluate; default: where the data came from
+    stage1: str|None = None  # run of another cell whose finished Stage 1 this one takes over
 
 def finished_record(table: str, cell: Cell, root=None) -> dict|None:
     "The record of a finished cell, None if there is none; `DatasetError` if the file holds another experiment."
@@ -152,7 +155,7 @@ class _Tell(Callback):
 def _work(table: str, fields: tuple, root) -> dict: # one cell, in a worker
     cell = Cell(*fields)
     name = f"{label(cell.method, cell.cfg)}-{cell.cfg.seed}"
-    record = run_method(cell.method, cell.data, cell.cfg, cell.run, [_Tell(name)], cell.env, quiet=True, workers=1)
+    record = run_method(cell.method, cell.data, cell.cfg, cell.run, [_Tell(name)], cell.env, quiet=True, workers=1, stage1=cell.stage1)
     _TO_PARENT[0].put((name, None)); save_record(table, record, root)
     return record
 
@@ -165,7 +168,7 @@ def _parallel(table, todo: dict[int, Cell], processes, root, bar, threads): # yi
     thread = threading.Thread(target=listen, daemon=True); thread.start()
     pool = ProcessPoolExecutor(processes, mp_context=ctx, initializer=me._start, initargs=(queue, threads or max(1, available_cpus()//processes)))
     try:
-        futures = {pool.submit(me._work, table, (c.method, c.data, c.cfg, c.run, c.env), root): i for i, c in todo.items()}
+        futures = {pool.submit(me._work, table, (c.method, c.data, c.cfg, c.run, c.env, c.stage1), root): i for i, c in todo.items()}
         for f in as_completed(futures): yield futures[f], f.result()
     except BrokenProcessPool: raise EnvError("a worker process died", got=f"{processes} processes", fix="look for its message above; without one it ran out of memory: run again with fewer processes, what is finished is kept") from None
     finally: pool.shutdown(cancel_futures=True); queue.put(None); thread.join()
@@ -175,12 +178,13 @@ def run_table(table: str, cells: list[Cell], processes: int=1, root=None, quiet:
     "Records of all cells, in their order; runs what is missing, one after the other or in `processes` processes (0 = one for each processor, at most three), each with `threads` of its own (default: its share)."
     cells = list(cells); done = {i: r for i, c in enumerate(cells) if (r := finished_record(table, c, root)) is not None}
     todo = {i: c for i, c in enumerate(cells) if i not in done}; n = min(processes or available_cpus(), MAX_PROCESSES, len(todo))
-    def one_by_one():
+    def one_by_one(todo):
         for i, c in todo.items():
-            record = run_method(c.method, c.data, c.cfg, c.run, (), c.env, quiet, threads=threads); save_record(table, record, root); yield i, record
+            record = run_method(c.method, c.data, c.cfg, c.run, (), c.env, quiet, threads=threads, stage1=c.stage1); save_record(table, record, root); yield i, record
     with progress(desc=table, total=len(cells), quiet=quiet) as bar:
         bar.update(len(done))
-        for i, record in one_by_one() if n <= 1 else _parallel(table, todo, n, root, bar, threads): done[i] = record; bar.update()
+        for wave in ({i: c for i, c in todo.items() if bool(c.stage1) == later} for later in (False, True)): # a Stage 1 before those that take it over
+            for i, record in one_by_one(wave) if n <= 1 else _parallel(table, wave, n, root, bar, threads): done[i] = record; bar.update()
     return [done[i] for i in range(len(cells))]
 
 # %% ../../nbs/63_evaluate.experiments.ipynb #edc14069

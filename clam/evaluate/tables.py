@@ -4,13 +4,18 @@
 
 # %% ../../nbs/64_evaluate.tables.ipynb #289f1412
 from __future__ import annotations
+import dataclasses
 from pathlib import Path
-from ..config import preset
-from ..core import ConfigError, data_dir
-from .experiments import Cell, table_cells
+import numpy as np, torch
+from ..config import Config, HeadConfig, RegressionConfig, preset
+from ..core import ConfigError, atomic_file, data_dir
+from .experiments import Cell, label, table_cells
+from ..train.checkpoint import Run
+from ..train.loop import WindowData
 
 # %% auto #0
-__all__ = ['TASKS', 'LABELS', 'PAPER', 'paper_cell', 'plan', 'beside']
+__all__ = ['TASKS', 'LABELS', 'PAPER', 'IMAGE_LABELS', 'IMAGE_EPISODES', 'IMAGE_SIDE', 'paper_cell', 'plan', 'image_config',
+           'plan_images', 'predicted_frames', 'save_frames', 'beside']
 
 # %% ../../nbs/64_evaluate.tables.ipynb #04fc71f9
 TASKS = ("metaworld/assembly", "metaworld/bin-picking", "metaworld/peg-insert-side", "metaworld/shelf-place")
@@ -24,14 +29,15 @@ PAPER = {                       # table -> method label -> (success, spread) for
         "lapa": ((.24, .07), (.15, .01), (.25, .02), (.12, .02)), "dynamo": ((.10, .03), (.06, .03), (.12, .04), (.08, .02)), "vpt": ((.40, .08), (.05, .02), (.49, .06), (.02, .00)),
         "clam-mlp": ((.53, .04), (.68, .05), (.58, .04), (.72, .04)), "clam-transformer": ((.91, .03), (.82, .03), (.79, .07), (.93, .02)),
         "bc-expert": ((1.00, .00), (.94, .05), (.91, .03), (.93, .00))},
+    "images": {"clam-space_time": ((.69, .05), (.82, .03), (.57, .11), (.88, .02))}, # Table 2, continuous latents with joint training
 }
-def paper_cell(n: int, label: str, env: str) -> tuple[float, float]: # the paper's success and spread
+def paper_cell(n: int|str, label: str, env: str) -> tuple[float, float]: # the paper's success and spread
     return PAPER[n][label][TASKS.index(env)]
 
 # %% ../../nbs/64_evaluate.tables.ipynb #7ebd40e1
 def plan(n: int, preset_name: str="quick", seeds=(0,), tasks=TASKS, labels=None) -> list[Cell]:
     "The cells of table `n` at a preset: every method on every task, for each training seed. `labels` picks some methods."
-    if n not in PAPER: raise ConfigError("this table cannot be run", got=n, expected=", ".join(map(str, PAPER)))
+    if n not in LABELS: raise ConfigError("this table cannot be run", got=n, expected=", ".join(map(str, LABELS)))
     if unknown := [t for t in tasks if t not in TASKS]: raise ConfigError("no such task in the table", got=", ".join(unknown), expected=", ".join(TASKS))
     out = []
     for env in tasks:
@@ -42,8 +48,53 @@ def plan(n: int, preset_name: str="quick", seeds=(0,), tasks=TASKS, labels=None)
                 out.append(Cell(method, env, cfg, str(data_dir("runs", f"table{n}-{preset_name}", f"{label}-{Path(env).name}-s{s}")), env))
     return out
 
+# %% ../../nbs/64_evaluate.tables.ipynb #84158bf5
+IMAGE_LABELS = ("bc-expert", "clam-conv", "clam-space_time", "vpt", "bc-al", "clam-conv-idm-frozen", "clam-conv-idm-finetuned", "lapo", "lapa", "dynamo")
+IMAGE_EPISODES, IMAGE_SIDE = 240, 64       # collected, and the side of their frames in pixels
+
+def image_config(model: str, seed: int=0) -> Config:
+    "The image run's budget and everything that departs from preset `quick`."
+    cfg = preset("quick", model, seed); optim = cfg.bc.optim
+    reg = lambda n: RegressionConfig(updates=n, batch=64, optim=optim)
+    return cfg.replace(lam__step_units=True, lam__image_encoder="nature", lam__conv_fold=2, decoder__hidden_dim=128,
+        policy=HeadConfig(embed_dim=128, hidden_dim=256, n_hidden=2, image_encoder="nature", image_width=1),
+        stage1__updates=1_500, stage1__batch=16, stage1__labelled_batch=64 if model == "conv" else 32, stage1__decoder_every=1, stage1__autocast="float32",
+        stage2=dataclasses.replace(cfg.stage2, updates=2_000, batch=64, autocast="float32"), bc=reg(2_000), idm=reg(1_500),
+        split__n_expert=75, split__n_labelled=100, split__heldout_fraction=.05, eval__episodes=20, eval__videos=0)
+
+def plan_images(task: str="metaworld/assembly", seeds=(0,), labels=None) -> list[Cell]:
+    "The cells of the image run on one task; `labels` picks some of `IMAGE_LABELS`."
+    if unknown := [n for n in labels or () if n not in IMAGE_LABELS]: raise ConfigError("no such row in the image run", got=", ".join(unknown), expected=", ".join(IMAGE_LABELS))
+    name = f"{task.replace('/', '-')}-{IMAGE_SIDE}px"; run = lambda row, s: str(data_dir("runs", f"images-{Path(task).name}", f"{row}-s{s}")); out = []
+    for row in labels or IMAGE_LABELS:
+        clam = row.startswith("clam"); model, _, init = row.removeprefix("clam-").partition("-") if clam else ("conv", "", "")
+        for s in seeds:
+            cfg = image_config(model, s).replace(**({"stage2__policy_init": init} if init else {}))
+            out.append(Cell("clam" if clam else row, name, cfg, run(row, s), task, run(f"clam-{model}", s) if init else None))
+    return out
+
+# %% ../../nbs/64_evaluate.tables.ipynb #ccb43bba
+def predicted_frames(run, store=None, n: int=4, view: str="heldout_expert") -> dict[str, np.ndarray]:
+    "`{before, true, predicted}`, each uint8 [n, Hh, Ww, C]: o_t, o_{t+1} and its prediction, of held-out transitions that move more than half of all do, from the median to the largest change."
+    run = Run(run); store = run.dataset() if store is None else run.check_data(store); lam, show = run.lam(), run.normaliser.undo
+    data = WindowData(run.splits.heldout_view(store, expert=view == "heldout_expert"), run.normaliser, run.config.lam.n_extra_context)
+    change = np.concatenate([(b.win[:, -1]-b.win[:, -2]).square().mean((1, 2, 3)).numpy() for b in map(data.batch, torch.arange(len(data)).split(data.chunk))])
+    pick = np.argsort(change, kind="stable")[np.linspace(len(change)//2, len(change)-1, n).astype(int)]
+    with torch.no_grad():
+        b = data.batch(torch.as_tensor(pick)); win, t, *hand = b.inputs
+        pred = lam.predict(win[:, :-1], lam.encode(win, t, *hand), t, *(h[:, :-1] for h in hand))[:, -1]
+    return {"before": show(win[:, -2]).numpy(), "true": show(win[:, -1]).numpy(), "predicted": show(pred).numpy()}
+
+def save_frames(table: str, cells, root=None) -> Path|None:
+    "Write `frames.npz` beside the records of a table: `<label>.before`, `.true`, `.predicted` of each CLAM with a Stage 1 of its own that is trained."
+    runs = {label(c.method, c.cfg): c.run for c in cells if c.method == "clam" and not c.stage1 and Run(c.run).exists and Run(c.run).finished("lam")}
+    if not runs: return None
+    path = (Path(root) if root else data_dir("results"))/table/"frames.npz"
+    with atomic_file(path) as f: np.savez_compressed(f, **{f"{name}.{k}": v for name, run in runs.items() for k, v in predicted_frames(run).items()})
+    return path
+
 # %% ../../nbs/64_evaluate.tables.ipynb #c58c1349
-def beside(n: int, records) -> list[dict]:
+def beside(n: int|str, records) -> list[dict]:
     "One row for each cell that has records: ours with its 95% interval, the seeds and episodes behind it, the paper's success and spread."
     out = []
     for (label, env), p in table_cells(records).items():

@@ -5,8 +5,8 @@
 # %% ../../nbs/55_train.stage2.ipynb #c17f7b9f
 from __future__ import annotations
 import numpy as np, torch
-from ..core import CheckpointError, seed_everything, sub_seed
-from ..config import RegressionConfig
+from ..core import CheckpointError, ConfigError, seed_everything, sub_seed
+from ..config import Config, RegressionConfig
 from ..models.policies import chunked
 from .checkpoint import Run, end_stage, train_stage
 from .loop import WindowData, regression
@@ -14,7 +14,7 @@ from .losses import mse
 from .relabel import relabel
 
 # %% auto #0
-__all__ = ['fit_policy', 'decoded_error', 'train_stage2']
+__all__ = ['fit_policy', 'decoded_error', 'train_stage2', 'adopt_stage1']
 
 # %% ../../nbs/55_train.stage2.ipynb #82bd73c8
 def fit_policy(run: Run, stage: str, cfg: RegressionConfig, view, target, name: str, device="cpu", callbacks=(), loop=None, extra=None, prepare=None) -> bool:
@@ -60,4 +60,17 @@ def train_stage2(
             experts, eyes = run.splits.expert_view(store), None if c.policy_init == "scratch" else lambda policy: policy.idm.load_state_dict(run.lam(device).idm.state_dict())
             z = relabel(run, experts, device) # [T, Z] of each episode
             fit_policy(run, "stage2", c, experts, np.concatenate([chunked(e, c.chunk) for e in z] if c.chunk > 1 else z), "latent_loss", device, callbacks, loop, extra, eyes)
+    return run
+
+# %% ../../nbs/55_train.stage2.ipynb #fdb75052
+def adopt_stage1(run, source, store, cfg: Config) -> Run: # `source`: name, path or `Run`
+    "Begin `run` with the finished Stage 1 of `source`; their configurations may differ in Stage 2, the policy and the evaluation."
+    run, source = Run(run), Run(source); free = ("stage2", "policy", "eval")
+    if source.method != "clam": raise CheckpointError("only CLAM's Stage 1 can be taken over", got=source.method, expected="clam", where=str(source.path))
+    old = source.config.replace(**{n: getattr(cfg, n) for n in free})
+    if old.digest != cfg.digest: raise ConfigError("Stage 1 was trained with another configuration", got=str(source.path), expected=f"differences in {', '.join(free)} only", fix="train a Stage 1 of its own")
+    source.check_data(store)
+    with run.locked():
+        run.begin(store, cfg, "clam", resume=True)
+        if not run.finished("lam", "decoder"): run.finish(lam=source.lam(), decoder=source.decoder())
     return run
