@@ -54,12 +54,12 @@ IMAGE_EPISODES, IMAGE_SIDE = 240, 64       # collected, and the side of their fr
 
 def image_config(model: str, seed: int=0) -> Config:
     "The image run's budget and everything that departs from preset `quick`."
-    cfg = preset("quick", model, seed); optim = cfg.bc.optim
+    cfg = preset("quick", model, seed); optim, n = cfg.bc.optim, 700 if model == "conv" else 1_500    # about the same time
     reg = lambda n: RegressionConfig(updates=n, batch=64, optim=optim)
     return cfg.replace(lam__step_units=True, lam__image_encoder="nature", lam__conv_fold=2, decoder__hidden_dim=128,
         policy=HeadConfig(embed_dim=128, hidden_dim=256, n_hidden=2, image_encoder="nature", image_width=1),
-        stage1__updates=700 if model == "conv" else 1_500, stage1__batch=16, stage1__labelled_batch=64 if model == "conv" else 32, stage1__decoder_every=1, stage1__autocast="float32",
-        stage2=dataclasses.replace(cfg.stage2, updates=2_000, batch=64, autocast="float32"), bc=reg(2_000), idm=reg(700),
+        stage1__updates=n, stage1__batch=16, stage1__labelled_batch=64 if model == "conv" else 32, stage1__decoder_every=1, stage1__autocast="float32",
+        stage2=dataclasses.replace(cfg.stage2, updates=2_000, batch=64, autocast="float32"), bc=reg(2_000), idm=reg(n),
         split__n_expert=75, split__n_labelled=100, split__heldout_fraction=.05, eval__episodes=20, eval__videos=0)
 
 def plan_images(task: str="metaworld/assembly", seeds=(0,), labels=None) -> list[Cell]:
