@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 from tyro.conf import Positional
 from ..config import preset
-from ..core import data_dir, locked
+from ..core import ConfigError, data_dir, locked
 from .command import Command, Preset, existing_run, show_pairs, show_table
 
 # %% auto #0
@@ -118,13 +118,14 @@ class Table(Command):
         from clam.evaluate.experiments import load_records, run_table
         from clam.evaluate.tables import IMAGE_EPISODES, IMAGE_SIDE, TASKS, beside, plan, plan_images, save_frames
         pictures, tasks = self.number == "images", tuple(f"metaworld/{t}" for t in self.tasks)
-        if pictures: task, = tasks or TASKS[:1]; name, cells = f"{Path(task).name}-images", plan_images(task, range(self.seeds), self.methods)
+        if pictures and len(tasks) > 1: raise ConfigError("the image run has one task", got=", ".join(self.tasks), expected="one", fix="run it once for each")
+        if pictures: task = (tasks or TASKS)[0]; name, cells = f"{Path(task).name}-images", plan_images(task, range(self.seeds), self.methods)
         else: name, cells = f"table{self.number}-{self.preset}", plan(self.number, self.preset, range(self.seeds), tasks or TASKS, self.methods or self.STATE_ROWS)
         if self.run_missing:
             for c in {c.data: c for c in cells}.values():
                 if c.data not in list_datasets(): make_dataset(c.env, out=data_dir("episodes", c.data), **({"episodes": IMAGE_EPISODES, "frames": IMAGE_SIDE} if pictures else {}))
             run_table(name, cells, self.processes)
-            if pictures: save_frames(name, cells)
+            if pictures: save_frames(name, plan_images(task))
         rows = beside(self.number, load_records(name))
         show_table([{"method": r["method"], "task": r["task"], "ours": f"{r['success']:.2f} [{r['success_ci95'][0]:.2f}, {r['success_ci95'][1]:.2f}]", "seeds": r["seeds"], "episodes": r["episodes"],
             "the paper": f"{r['paper']:.2f} ± {r['paper_spread']:.2f}" if "paper" in r else ""} for r in rows])
