@@ -32,7 +32,7 @@ def identity(cfg) -> dict:
         if not (f.metadata.get("later") and v == f.default): out[f.name] = identity(v) if dataclasses.is_dataclass(v) else v
     return out
 
-# %% ../nbs/02_config.ipynb #e153f0a9
+# %% ../nbs/02_config.ipynb #4ef7fb75
 @dataclass(frozen=True)
 class LAMConfig:
     "Inverse and forward model (paper section 3.1, Tables 11-12)."
@@ -56,14 +56,15 @@ class LAMConfig:
     patch: int = 16                   # side of a patch in pixels, space-time model, Appendix G.3; must divide the image's side
     hand_state: bool = False          # space-time model also sees the hand's state (x, y, z, gripper opening); not in the paper's text, but in its parameter count
     spare_weights: bool = True        # space-time IDM owns cross-attention that is never called, as the official code does and the paper's count includes; False leaves out these 789,504
-    image_encoder: Literal["conv","impala"] = "conv" # IDM of the convolutional model; the official image configs use conv, Appendix G.1 names IMPALA for policies
+    image_encoder: Literal["conv","impala","nature"] = "conv" # IDM of the convolutional model; the official image configs use conv, Appendix G.1 names IMPALA for policies, nature is a small fast one (not in the paper)
     conv_width: int = 4               # channels of the convolutional model, in eighths of the first block's 32 (or quarters of IMPALA's 64)
     conv_norm: Literal["group","batch"] = "group" # the official code uses batch statistics
     quantise: Literal["none","vq-repo","vq-lapo","fsq","residual"] = "none" # discrete latents, the Disc. arms of Tables 2 and 6; presets in `clam.models.quantise`
+    conv_fold: int = field(default=1, metadata=LATER) # convolutional FDM: pixels folded into channels before the way down and unfolded after the way up, so that it works on smaller pictures; not in the paper
     frame_stack: int = field(default=1, metadata=LATER) # pictures that make one observation, side by side in its channels; Table 14 stacks 3, the official image configuration 1
     gaussian: bool = field(default=False, metadata=LATER) # the IDM says mean and log-variance, training draws z, labels are means (the official code's distributional latents, as AdaWorld's); weight of the KL term: `stage1.kl_weight`
     def __post_init__(self):
-        _positive(self, "latent_dim", "hidden_dim", "n_hidden", "d_model", "n_heads", "n_layers", "d_ff", "max_positions", "patch", "conv_width", "frame_stack")
+        _positive(self, "latent_dim", "hidden_dim", "n_hidden", "d_model", "n_heads", "n_layers", "d_ff", "max_positions", "patch", "conv_width", "conv_fold", "frame_stack")
         _fraction(self, "dropout")
         if self.gaussian and self.quantise != "none": raise ConfigError("Gaussian latents cannot be quantised", got=f"gaussian=True, quantise={self.quantise}", fix="choose one")
         if self.n_extra_context < 0: raise ConfigError("LAMConfig.n_extra_context must be 0 or more", got=self.n_extra_context)
@@ -71,14 +72,14 @@ class LAMConfig:
     @property
     def window(self) -> int: return self.n_extra_context+2 # W
 
-# %% ../nbs/02_config.ipynb #75f8707c
+# %% ../nbs/02_config.ipynb #1b930e6f
 @dataclass(frozen=True)
 class HeadConfig:
     "An MLP head: a linear embedding without activation, then hidden layers (paper Tables 10-11)."
     embed_dim: int = 512              # first linear layer, no activation; 0 leaves it out
     hidden_dim: int = 1024            # width of the hidden layers
     n_hidden: int = 2                 # hidden layers: 2 for policies (Table 10), 3 for the action decoder (Table 11)
-    image_encoder: Literal["impala","conv","act"] = "impala" # what takes the embedding's place when a policy sees pictures, Appendix G.1; `act` is the whole policy of Appendix F: ResNet-18 tokens, a decoder of n_hidden blocks of width embed_dim and feed-forward width hidden_dim
+    image_encoder: Literal["impala","conv","nature","act"] = "impala" # what takes the embedding's place when a policy sees pictures, Appendix G.1; `act` is the whole policy of Appendix F: ResNet-18 tokens, a decoder of n_hidden blocks of width embed_dim and feed-forward width hidden_dim
     image_width: int = 4              # its channels, as `LAMConfig.conv_width`; with `act` in units of 16, so 4 is ResNet-18
     chunk: int = field(default=1, metadata=LATER)               # `act`: steps that the policy predicts ahead, Appendix F has 5
     ensemble_m: float = field(default=.5, metadata=LATER)       # `act` with chunk > 1: temporal ensembling's exp(-m i), Appendix F; 0 averages

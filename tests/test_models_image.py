@@ -6,8 +6,9 @@ import contextlib, itertools, math
 import pytest, torch
 from torch.nn import functional as F
 import clam.models.conv, clam.models.lam, clam.models.space_time
-from clam.config import IMAGE_MODELS, PRESETS, HeadConfig, LAMConfig, preset
+from clam.config import IMAGE_MODELS, PRESETS, HeadConfig, LAMConfig, identity, preset
 from clam.core import ConfigError, seed_everything
+from clam.models.conv import NatureEncoder
 from clam.models.heads import ActionDecoder, BCPolicy, LatentPolicy
 from clam.models.lam import ActionIDM, build_lam
 from clam.models.nets import count_params
@@ -81,14 +82,22 @@ def group_norm(P, name, x):
     out = []
     for c in torch.split(x, 16 if len(x) >= 16 else len(x)): m = c.mean(); out.append((c-m)/torch.sqrt(((c-m)**2).mean()+1e-5))
     return torch.cat(out)*P[name+".weight"][:, None, None] + P[name+".bias"][:, None, None]
+def strided(P, name, x, s): # without padding
+    w = P[name+".weight"]; k = w.shape[-1]; n = (x.shape[1]-k)//s+1; end = s*(n-1)+1
+    return sum(torch.einsum("oc,chv->ohv", w[:, :, i, j], x[:, i:i+end:s, j:j+end:s]) for i in range(k) for j in range(k)) + P[name+".bias"][:, None, None]
+def folded(x, p): return torch.stack([x[c, i::p, j::p] for c in range(len(x)) for i in range(p) for j in range(p)])
+def unfolded(x, p, C): # the inverse of `folded`
+    out = x.new_zeros(C, p*x.shape[1], p*x.shape[2])
+    for n, (c, i, j) in enumerate(itertools.product(range(C), range(p), range(p))): out[c, i::p, j::p] = x[n]
+    return out
 def residual(P, name, x): return x + conv(P, name+".net.3", conv(P, name+".net.1", x.clamp(min=0)).clamp(min=0))
 def halved(x): h, v = x.shape[1]//2, x.shape[2]//2; return x[:, :2*h, :2*v].reshape(len(x), h, 2, v, 2).amax((2, 4))
 
 def plain_conv(P, cfg, win, t, hand):
-    steps = int(math.log2(win.shape[-1])); W = cfg.window
+    steps, p, unit = int(math.log2(win.shape[-1])), cfg.conv_fold, P["idm.step_std"].detach() if cfg.step_units else 1.; W = cfg.window
     down = lambda b, x: leaky(halved(residual(P, b+".2", group_norm(P, b+".1", conv(P, b+".0", x)))))
     seen = win
-    if cfg.idm_input == "difference": seen = torch.stack([torch.cat([win[i], win[i]-win[max(0, i-1)]]) for i in range(W)])
+    if cfg.idm_input == "difference": seen = torch.stack([torch.cat([win[i], (win[i]-win[max(0, i-1)])/unit]) for i in range(W)])
     x = seen.flatten(0, 1)
     if cfg.image_encoder == "conv":
         for i in range(steps): x = down(f"idm.encoder.down.{i}", x)
@@ -99,22 +108,26 @@ def plain_conv(P, cfg, win, t, hand):
             x = residual(P, b+".3", residual(P, b+".2", x))
         x = x.clamp(min=0)
     z = lin(P, "idm.head", lin(P, "idm.encoder.head", x.flatten()))
-    frames = win[:-1].flatten(0, 1); x = torch.cat([frames, z[:, None, None].expand(-1, *frames.shape[1:])]); skips = []
-    for i in range(steps): x = down(f"fdm.down.{i}", x); skips.append(x)
+    frames = folded(win[:-1].flatten(0, 1), p); x = torch.cat([frames, z[:, None, None].expand(-1, *frames.shape[1:])]); skips = []
+    for i in range(steps-int(math.log2(p))): x = down(f"fdm.down.{i}", x); skips.append(x)
     for i, skip in enumerate([z[:, None, None], *skips[-2::-1]]):
         b = f"fdm.up.{i}"; x = leaky(residual(P, b+".2", group_norm(P, b+".1", grown(P, b+".0", torch.cat([x, skip])))))
-    y = torch.tanh(conv(P, "fdm.head", torch.cat([x, frames])))
+    y = unfolded(conv(P, "fdm.head", torch.cat([x, frames])), p, 3)
+    if cfg.fdm_target == "delta" and cfg.step_units: return z[None], (win[-2]+y*unit)[None]
+    y = torch.tanh(y)
     return z[None], (win[-2]+y if cfg.fdm_target == "delta" else (y+1)/2)[None]
 
 ST = [dict(model="space_time", **kw) for kw in (dict(), dict(hand_state=True, position="relative"), dict(n_extra_context=0, cross_mask="none"),
       dict(n_extra_context=2, idm_input="difference", fdm_target="delta", hand_state=True), dict(spare_weights=False, cross_mask="none", position="relative"))]
-CONV = [dict(model="conv", **kw) for kw in (dict(), dict(image_encoder="impala", n_extra_context=0), dict(idm_input="difference", fdm_target="delta", conv_width=2), dict(n_extra_context=2))]
+CONV = [dict(model="conv", **kw) for kw in (dict(), dict(image_encoder="impala", n_extra_context=0), dict(idm_input="difference", fdm_target="delta", conv_width=2), dict(n_extra_context=2),
+      dict(idm_input="difference", fdm_target="delta", step_units=True, conv_fold=2), dict(conv_fold=4))]
 named = lambda o: "-".join(str(v) for v in o.values())
 
 @pytest.mark.parametrize("opt", ST+CONV, ids=named)
 def test_same_numbers_and_gradients_as_plain_formulas(opt):
     lam = make(**opt).double(); win, t, hand = (v.double() if v.is_floating_point() else v for v in windows(opt.get("n_extra_context", 1), n=2)); t[0] = 0
     for p in lam.parameters(): p.data.add_(.1*torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))        # biases and near-zero heads too
+    if lam.cfg.step_units: lam.fit_steps(win); assert lam.step_std.ndim == 0 and lam.step_std != 1
     P = {k: v.detach().clone().requires_grad_() for k, v in lam.state_dict().items()}
     out = lam(win, t, hand if lam.cfg.hand_state else None)
     plain = [{"space_time": plain_space_time, "conv": plain_conv}[opt["model"]](P, lam.cfg, win[b], int(t[b]), hand[b]) for b in range(2)]
@@ -127,6 +140,16 @@ def test_same_numbers_and_gradients_as_plain_formulas(opt):
         assert (p.grad-P[k].grad).abs().max() < 1e-9, k
 
 # ---- counts ----
+def test_nature_encoder_as_plain_formulas():
+    with seed_everything(0): enc = NatureEncoder(2, 44, 5, width=1).double()
+    x = torch.rand(2, 44, 44, dtype=torch.float64, generator=torch.Generator().manual_seed(0)); P, y = enc.state_dict(), x
+    for i, s in ((0, 4), (2, 2), (4, 1)): y = strided(P, f"down.{i}", y, s).clamp(min=0)
+    assert y.shape == (32, 2, 2) and (lin(P, "head", y.flatten())-enc(x[None])[0]).abs().max() < 1e-9
+
+def test_pixels_without_step_units_are_stored_as_before():
+    old = make("conv"); assert "idm.step_std" not in old.state_dict() and float(old.step_std) == 1 and "idm.step_std" in make("conv", step_units=True).state_dict()
+    assert "conv_fold" not in identity(old.cfg)
+
 @pytest.mark.parametrize("kw, want", [(dict(hand_state=True), 12_163_344), (dict(), 11_898_128), (dict(hand_state=True, latent_dim=8), 12_159_240), (dict(spare_weights=False), 11_108_624)])
 def test_space_time_counts(kw, want):
     with torch.device("meta"): assert count_params(build_lam(LAMConfig(model="space_time", **kw), (3, 64, 64))) == want
@@ -295,7 +318,7 @@ def test_continuous_model_has_no_quantiser_and_needs_no_library(monkeypatch):
 # ---- errors ----
 @pytest.mark.parametrize("f, words", [
     (lambda: build_lam(LAMConfig(), (3, 64, 64)), "mlp reads states"), (lambda: build_lam(LAMConfig(model="conv"), 39), "conv reads square pictures"), (lambda: make("space_time", obs=(3, 16, 32)), "square pictures"),
-    (lambda: make("conv", step_units=True), "step_units is for states"), (lambda: make("space_time", linear_skip=True), "linear_skip is for states"), (lambda: make("conv", hand_state=True), "sees pictures only"),
+    (lambda: make("space_time", linear_skip=True), "linear_skip is for states"), (lambda: make("conv", hand_state=True), "sees pictures only"),
     (lambda: make("mlp", quantise="vq-lapo", latent_dim=12), "multiple of 8"), (lambda: make("space_time").encode(windows()[0][:, 1:]), "window has the wrong shape; got .*3, 16, 16"),
     (lambda: make("space_time", hand_state=True)(*windows()[:2]), "got none"), (lambda: make("space_time", hand_state=True)(*windows()[:2], windows()[2][..., :3]), "hand has the wrong shape"),
     (lambda: make("space_time").encode(windows()[0], torch.full((6,), 49)), "max_positions=50")])

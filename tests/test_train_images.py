@@ -11,7 +11,7 @@ from clam.config import IMAGE_MODELS, EvalConfig, identity, preset
 from clam.core import CheckpointError, ConfigError, DatasetError, EnvError, digest, project_root
 from clam.data.normalise import Pictures
 from clam.data.store import Episodes, EpisodeStore, write_store
-from clam.evaluate.experiments import experiment_digest, label
+from clam.evaluate.experiments import Cell, experiment_digest, label, run_method, run_table
 from clam.evaluate.health import VERDICTS, _thinner, health, subject_of_episodes
 from clam.evaluate.inspection import inspect_run
 from clam.evaluate.ladder import ladder
@@ -209,3 +209,24 @@ def test_health_and_inspection_of_pictures(store, tmp_path, model, stack):
     assert ins.predict([n]).shape == (1, SIDE, SIDE, 3) and ins.predict([n]).dtype == np.uint8 and len(ins.neighbours(n)) == 8
     with pytest.raises(DatasetError, match="reads frames, and these episodes have none"): subject_of_episodes(run.lam(), [e.replace(frames=None) for e in EPISODES[:3]], normaliser=run.normaliser)
     assert _thinner(Pictures((64, 64, 3)), 1, 10_000) < 2000 and _thinner(run.normaliser, 1, 50) == 50
+
+# ---------------------------------------------------------------- the image run
+def test_arms_take_over_one_stage_1(store, tmp_path):
+    cfg = config(eval__episodes=2, eval__videos=0, eval__workers=1); arm = cfg.replace(stage2__policy_init="idm-frozen"); first = str(tmp_path/"first")
+    cells = [Cell("clam", str(store.path), arm, str(tmp_path/"arm"), shared=first), Cell("clam", str(store.path), cfg, first)]      # the arm stands first and must wait
+    a, b = run_table("t", cells, root=tmp_path, quiet=True, threads=1)
+    assert (a["label"], b["label"]) == ("clam-conv-idm-frozen", "clam-conv") and a["shared"] == "first" and "shared" not in b and a["experiment"] != b["experiment"]
+    assert a["diagnostics"] == b["diagnostics"] and b["diagnostics"]["recon"]["cheat"] > 0 and "stage1" not in a["seconds"] and Run(tmp_path/"arm").weights_digest("lam") == Run(first).weights_digest("lam")
+    assert not Run(tmp_path/"arm").metrics("stage1") and Run(tmp_path/"arm").metrics("stage2")
+    assert run_table("t", cells, root=tmp_path, quiet=True, threads=1) == [a, b]
+    with pytest.raises(CheckpointError, match="another kind"): run_method("clam", store, arm.replace(stage1__beta=2.), tmp_path/"other", quiet=True, shared=first)
+    with pytest.raises(CheckpointError, match="another kind"): run_method("clam", store, arm, tmp_path/"x", quiet=True, shared=train(store, tmp_path/"bc", "bc-al"))
+
+@pytest.mark.parametrize("model", IMAGE_MODELS)
+def test_pixels_have_one_unit_of_change(store, tmp_path, model):
+    plain, kw = dict(lam__idm_input="difference", lam__fdm_target="delta"), dict(lam__step_units=True)
+    run = train(store, tmp_path/"r", model=model, **plain, **kw); data = WindowData(run.splits.unlabelled_view(store), run.normaliser, 1)
+    change = data.batch(torch.arange(len(data))).win[:, -2:].diff(dim=1); assert abs(float(run.lam().step_std)/float(change.std())-1) < 1e-4          # few pictures: the sample is all of them
+    r, c = run.metrics("stage1")[0]["recon_loss"], run.metrics("stage1")[0]["cheat_loss"]; assert .5 < c < 2 and abs(r/c-1) < .1                    # losses are counted in it, and begin at the cheat
+    raw = recon_vs_cheat(run, store); assert raw["cheat"] < .2 and raw["cheat"] == recon_vs_cheat(train(store, tmp_path/"p", model=model, **plain), store)["cheat"]     # diagnostics stay in pixels
+    assert Run(train(store, tmp_path/"v", "vpt", model, **plain, **kw)).idm().idm.step_std != 1

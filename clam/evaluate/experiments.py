@@ -49,9 +49,9 @@ class StageClock(Callback):
     def timing(self, stage: str): # times a block
         t0 = time.perf_counter(); yield; self.add(stage, time.perf_counter()-t0)
 
-# %% ../../nbs/63_evaluate.experiments.ipynb #b40570ef
+# %% ../../nbs/63_evaluate.experiments.ipynb #36345113
 def label(method: str, cfg: Config) -> str: # how a table names a method: `clam-mlp`, `clam-transformer`, `vpt`, `bc-al` ...
-    arm = [*[cfg.lam.quantise]*(cfg.lam.quantise != "none"), *["unjoint"]*(not cfg.stage1.joint)] if method == "clam" else [] # the arms of Tables 2 and 6
+    arm = [*[cfg.lam.quantise]*(cfg.lam.quantise != "none"), *["unjoint"]*(not cfg.stage1.joint), *[cfg.stage2.policy_init]*(cfg.stage2.policy_init != "scratch")] if method == "clam" else [] # the arms of Tables 2 and 6, and of section 3.2
     return "-".join([method, *[cfg.lam.model]*(method == "clam" or cfg.lam.model in IMAGE_MODELS), *arm])
 
 def experiment_digest(method: str, cfg: Config) -> str: # identifies what was run, whatever the training seed and the number of processes
@@ -116,7 +116,7 @@ def compare(records, a: str, b: str, env: str, key: str="successes") -> Interval
         if not get(name): raise DatasetError("no record", got=name, expected=sorted({r["label"] for r in records if r["env"] == env}), where=env)
     return paired_difference(get(a), get(b))
 
-# %% ../../nbs/63_evaluate.experiments.ipynb #c7790f0b
+# %% ../../nbs/63_evaluate.experiments.ipynb #bc179cd3
 MAX_PROCESSES = 3   # cells at a time; bounds the memory
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class Cell:
     cfg: Config              # everything else, the training seed included
     run: str                 # run directory
     env: str|None = None     # where to evaluate; default: where the data came from
-    shared: str|None = None  # a run of the same method for another task of the same data: what both need alike is taken from it once it is finished (58_train.latent_baselines)
+    shared: str|None = None  # run of another cell, e.g. of another task or policy: what both need alike is taken from it once it is finished (58_train.latent_baselines)
 
 def finished_record(table: str, cell: Cell, root=None) -> dict|None:
     "The record of a finished cell, None if there is none; `DatasetError` if the file holds another experiment."
@@ -172,17 +172,18 @@ def _parallel(table, todo: dict[int, Cell], processes, root, bar, threads): # yi
     except BrokenProcessPool: raise EnvError("a worker process died", got=f"{processes} processes", fix="look for its message above; without one it ran out of memory: run again with fewer processes, what is finished is kept") from None
     finally: pool.shutdown(cancel_futures=True); queue.put(None); thread.join()
 
-# %% ../../nbs/63_evaluate.experiments.ipynb #4674298c
+# %% ../../nbs/63_evaluate.experiments.ipynb #25c8c8d3
 def run_table(table: str, cells: list[Cell], processes: int=1, root=None, quiet: bool|None=None, threads: int|None=None) -> list[dict]:
     "Records of all cells, in their order; runs what is missing, one after the other or in `processes` processes (0 = one for each processor, at most three), each with `threads` of its own (default: its share)."
     cells = list(cells); done = {i: r for i, c in enumerate(cells) if (r := finished_record(table, c, root)) is not None}
     todo = {i: c for i, c in enumerate(cells) if i not in done}; n = min(processes or available_cpus(), MAX_PROCESSES, len(todo))
-    def one_by_one():
+    def one_by_one(todo):
         for i, c in todo.items():
             record = run_method(c.method, c.data, c.cfg, c.run, (), c.env, quiet, threads=threads, shared=c.shared); save_record(table, record, root); yield i, record
     with progress(desc=table, total=len(cells), quiet=quiet) as bar:
         bar.update(len(done))
-        for i, record in one_by_one() if n <= 1 else _parallel(table, todo, n, root, bar, threads): done[i] = record; bar.update()
+        for wave in ({i: c for i, c in todo.items() if (c.shared not in (None, c.run)) == later} for later in (False, True)): # what is taken over comes first
+            for i, record in one_by_one(wave) if n <= 1 else _parallel(table, wave, n, root, bar, threads): done[i] = record; bar.update()
     return [done[i] for i in range(len(cells))]
 
 # %% ../../nbs/63_evaluate.experiments.ipynb #edc14069

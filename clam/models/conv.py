@@ -4,15 +4,15 @@
 
 # %% ../../nbs/41_models.conv.ipynb #5ca41643
 from __future__ import annotations
-import torch, torch.nn as nn
+import torch, torch.nn as nn, torch.nn.functional as F
 from einops import rearrange
 from ..core import ConfigError
 from ..config import LAMConfig
 from .nets import SLOPE, check_images, near_zero, picture_features
 
 # %% auto #0
-__all__ = ['ENCODERS', 'EMBED_DIM', 'norm2d', 'Residual', 'down', 'up', 'ladder', 'ConvEncoder', 'ImpalaEncoder', 'ConvIDM',
-           'ConvFDM']
+__all__ = ['ENCODERS', 'EMBED_DIM', 'norm2d', 'Residual', 'down', 'up', 'ladder', 'fast', 'ConvEncoder', 'ImpalaEncoder',
+           'NatureEncoder', 'ConvIDM', 'ConvFDM']
 
 # %% ../../nbs/41_models.conv.ipynb #8487dfa0
 def norm2d(kind: str, c: int) -> nn.Module: # kind "group" or "batch"
@@ -39,6 +39,8 @@ def ladder(side: int, width: int) -> tuple[list[int], list[int]]: # -> sides 84,
     return [side >> i for i in range(n+1)], [8*width*m for m in [1, 2, 4, 4, 8, 8, *[8]*n][:n]]
 
 # %% ../../nbs/41_models.conv.ipynb #ea241410
+def fast(x): return x.contiguous(memory_format=torch.channels_last) # the order in memory in which convolutions are fastest
+
 class ConvEncoder(nn.Module):
     "Picture to features: `[B, c_in, side, side] -> [B, n_out]`."
     def __init__(self, c_in: int, side: int, n_out: int, width: int=4, norm: str="group"):
@@ -46,7 +48,7 @@ class ConvEncoder(nn.Module):
         _, c = ladder(side, width)
         self.down = nn.Sequential(*(down(a, b, norm) for a, b in zip([c_in, *c], c)))
         self.head = nn.Linear(c[-1], n_out)
-    def forward(self, x): return self.head(self.down(x).flatten(1))
+    def forward(self, x): return self.head(self.down(fast(x)).flatten(1))
 
 class ImpalaEncoder(nn.Module):
     "Picture to features: `[B, c_in, side, side] -> [B, n_out]` (paper Appendix G.1)."
@@ -56,24 +58,34 @@ class ImpalaEncoder(nn.Module):
         self.down = nn.Sequential(*(nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.MaxPool2d(3, 2, 1), Residual(b, b), Residual(b, b)) for a, b in zip([c_in, *c], c)), nn.ReLU())
         for _ in c: side = (side+1)//2
         self.head = nn.Linear(c[-1]*side**2, n_out)
-    def forward(self, x): return self.head(self.down(x).flatten(1))
+    def forward(self, x): return self.head(self.down(fast(x)).flatten(1))
 
-ENCODERS = {"conv": ConvEncoder, "impala": ImpalaEncoder}
+class NatureEncoder(nn.Module):
+    "Picture to features: `[B, c_in, side, side] -> [B, n_out]`, three strided convolutions as in Mnih et al. (2015); not in the paper, about ten times as fast."
+    def __init__(self, c_in: int, side: int, n_out: int, width: int=4, norm: str|None=None): # it has no norm
+        super().__init__()
+        if side < 36: raise ConfigError("picture is too small for this encoder", got=f"{side} pixels", expected="36 or more", fix="use image_encoder conv or impala")
+        c = [16*width, 32*width, 32*width] # width 2 is the original
+        self.down = nn.Sequential(nn.Conv2d(c_in, c[0], 8, 4), nn.ReLU(), nn.Conv2d(c[0], c[1], 4, 2), nn.ReLU(), nn.Conv2d(c[1], c[2], 3), nn.ReLU())
+        for kernel, stride in ((8, 4), (4, 2), (3, 1)): side = (side-kernel)//stride+1
+        self.head = nn.Linear(c[-1]*side**2, n_out)
+    def forward(self, x): return self.head(self.down(fast(x)).flatten(1))
+
+ENCODERS = {"conv": ConvEncoder, "impala": ImpalaEncoder, "nature": NatureEncoder}
 
 # %% ../../nbs/41_models.conv.ipynb #20d38c74
 EMBED_DIM = 128 # paper Table 11
 
 class ConvIDM(nn.Module):
     "Inverse dynamics: `win [B, W, C, Hh, Ww] -> z [B, 1, Z]`. `t` is ignored."
-    step_std = 1. # pixels have one unit
     def __init__(self, cfg: LAMConfig, shape: tuple):
         super().__init__()
         side = check_images(cfg, shape)
         if cfg.hand_state: raise ConfigError("the convolutional model sees pictures only", got="hand_state=True", fix="leave hand_state off, or use model space_time")
-        self.cfg = cfg
+        self.cfg = cfg; self.register_buffer("step_std", torch.ones(()), persistent=cfg.step_units) # pixels have one unit of change
         self.encoder = ENCODERS[cfg.image_encoder](cfg.window*shape[0]*(1+(cfg.idm_input == "difference")), side, EMBED_DIM, cfg.conv_width, cfg.conv_norm)
         self.head = nn.Linear(EMBED_DIM, cfg.latent_dim)
-    def features(self, win, t=None): return self.encoder(rearrange(picture_features(win, self.cfg), "b w c h v -> b (w c) h v")) # [B, EMBED_DIM], what policies may reuse
+    def features(self, win, t=None): return self.encoder(rearrange(picture_features(win, self.cfg, self.step_std), "b w c h v -> b (w c) h v")) # [B, EMBED_DIM], what policies may reuse
     def forward(self, win, t=None): return self.head(self.features(win))[:, None]
 
 # %% ../../nbs/41_models.conv.ipynb #67ed9cf4
@@ -81,20 +93,23 @@ class ConvFDM(nn.Module):
     "Forward dynamics, a U-Net: `ctx [B, W-1, C, Hh, Ww]`, `z [B, 1, Z]` -> `[B, 1, C, Hh, Ww]`. `t` is ignored."
     def __init__(self, cfg: LAMConfig, shape: tuple):
         super().__init__()
-        self.cfg, self.side = cfg, check_images(cfg, shape)
-        self.n_latents = 1 # K
-        seen, (sides, c) = (cfg.window-1)*shape[0], ladder(self.side, cfg.conv_width)
+        self.cfg, p, side = cfg, cfg.conv_fold, check_images(cfg, shape)
+        if side % p: raise ConfigError("pixels cannot be folded", got=f"side {side}, conv_fold {p}", expected="a side that is a multiple of lam.conv_fold")
+        self.n_latents, self.side = 1, side//p # K, and the side that the U-Net sees
+        self.bounded = not (cfg.fdm_target == "delta" and cfg.step_units) # a change in units of one step may be far above 1
+        seen, (sides, c) = (cfg.window-1)*shape[0]*p**2, ladder(self.side, cfg.conv_width)
         self.down = nn.ModuleList(down(a, b, cfg.conv_norm) for a, b in zip([seen+cfg.latent_dim, *c], c))
         skips, outs = [cfg.latent_dim, *c[-2::-1]], c[::-1]      # what joins each step up, and what leaves it
         self.up = nn.ModuleList(up(a+s, b, cfg.conv_norm, h, H) for a, s, b, h, H in zip([c[-1], *outs], skips, outs, sides[:0:-1], sides[-2::-1]))
-        self.head = nn.Conv2d(outs[-1]+seen, shape[0], 3, padding=1)
+        self.head = nn.Conv2d(outs[-1]+seen, shape[0]*p**2, 3, padding=1)
         if cfg.fdm_target == "delta": near_zero(self.head)
 
     def forward(self, ctx, z, t=None):
-        frames = rearrange(ctx, "b w c h v -> b (w c) h v")
+        frames = fast(F.pixel_unshuffle(rearrange(ctx, "b w c h v -> b (w c) h v"), self.cfg.conv_fold))
         z = rearrange(z[:, -1], "b z -> b z 1 1").to(frames.dtype)
         x, skips = torch.cat([frames, z.expand(-1, -1, self.side, self.side)], 1), []
         for step in self.down: x = step(x); skips.append(x)
         for step, skip in zip(self.up, [z, *skips[-2::-1]]): x = step(torch.cat([x, skip], 1))
-        y = torch.tanh(self.head(torch.cat([x, frames], 1)))[:, None]
+        y = F.pixel_shuffle(self.head(torch.cat([x, frames], 1)), self.cfg.conv_fold)[:, None]
+        if self.bounded: y = torch.tanh(y)
         return y if self.cfg.fdm_target == "delta" else (y+1)/2

@@ -42,9 +42,11 @@ def differences(win, step_std=1.): # [B, W, S] -> [B, W-1, S]
     "Consecutive differences `o_{i+1} - o_i` of a window, in units of `step_std`."
     return (win[:, 1:] - win[:, :-1])/step_std
 
-def step_deviation(win): # [B, W, S] -> [S]
-    "Deviation of each dimension's change over the last step; 1 for dimensions that hardly ever move."
-    std = (win[:, -1]-win[:, -2]).std(0)
+def step_deviation(win): # [B, W, S] -> [S]; pictures [B, W, C, Hh, Ww] -> one number
+    "Deviation of each dimension's change over the last step, 1 for dimensions that hardly ever move; for pictures one deviation over all pixels."
+    change = win[:, -1]-win[:, -2]
+    if win.ndim == 5: return change.std() if change.any() else torch.ones(())
+    std = change.std(0)
     return torch.where(std > 1e-3*std.max(), std, torch.ones_like(std))
 
 def flat_features(win, cfg: LAMConfig, step_std=1.): # [B, W, S] -> [B, W*S]
@@ -135,13 +137,12 @@ def check_images(cfg: LAMConfig, shape: tuple) -> int: # shape (C, Hh, Ww)
     "Side of the pictures in pixels; raises `ConfigError` unless they are square and the options fit pictures."
     if len(shape) != 3 or shape[1] != shape[2]:
         raise ConfigError(f"{cfg.model} reads square pictures", got=list(shape), expected="[C, side, side]", fix="use a dataset with frames (`clam data make ... --frames`), or model mlp or transformer")
-    for name in ("step_units", "linear_skip"):
-        if getattr(cfg, name): raise ConfigError(f"LAMConfig.{name} is for states", got=f"{name}=True with model {cfg.model}", expected="False")
+    if cfg.linear_skip: raise ConfigError("LAMConfig.linear_skip is for states", got=f"linear_skip=True with model {cfg.model}", expected="False")
     return shape[1]
 
-def picture_features(win, cfg: LAMConfig): # [B, W, C, Hh, Ww] -> the same, or [B, W, 2C, Hh, Ww] with differences
+def picture_features(win, cfg: LAMConfig, step_std=1.): # [B, W, C, Hh, Ww] -> the same, or [B, W, 2C, Hh, Ww] with differences
     "What the IDM sees of each frame, as `token_features` for states."
-    return win if cfg.idm_input == "frames" else torch.cat([win, F.pad(differences(win), (0, 0)*3 + (1, 0))], 2)
+    return win if cfg.idm_input == "frames" else torch.cat([win, F.pad(differences(win, step_std), (0, 0)*3 + (1, 0))], 2)
 
 def near_zero(layer: nn.Module): # a layer with `weight` and `bias`
     "Start an output layer next to 0: a model that predicts changes then begins with the guess that nothing moves."

@@ -78,11 +78,10 @@ class HandState(nn.Module):
 # %% ../../nbs/40_models.space_time.ipynb #bc6b6346
 class SpaceTimeIDM(nn.Module):
     "Inverse dynamics: `win [B, W, C, Hh, Ww]`, `t [B]`, `hand [B, W, 4]` if `cfg.hand_state` -> `z [B, W-1, Z]` (paper Appendix G.3)."
-    step_std = 1. # pixels have one unit
     def __init__(self, cfg: LAMConfig, shape: tuple):
         super().__init__()
         n, length = patch_grid(cfg, shape); d = self.d = cfg.d_model
-        self.cfg = cfg
+        self.cfg = cfg; self.register_buffer("step_std", torch.ones(()), persistent=cfg.step_units) # pixels have one unit of change
         self.embed = nn.Sequential(nn.Linear(length*(1+(cfg.idm_input == "difference")), d), nn.LeakyReLU(SLOPE))
         self.token = nn.Parameter(torch.randn(1, 1, 1, d)) # the action token
         self.hand = HandState(d) if cfg.hand_state else None
@@ -91,7 +90,7 @@ class SpaceTimeIDM(nn.Module):
         self.head = nn.Linear(d, cfg.latent_dim)
 
     def _tokens(self, win, t, hand, last: int|None): # [B, W, N+1, D] after all blocks; the last one gives only its first `last` tokens
-        x = self.embed(patchify(picture_features(win, self.cfg), self.cfg.patch))
+        x = self.embed(patchify(picture_features(win, self.cfg, self.step_std), self.cfg.patch))
         x = torch.cat([self.token.expand(*x.shape[:2], 1, self.d).to(x.dtype), x], 2)
         if self.hand is not None: x = self.hand(x, hand)
         pos = self.places(frame_index(t, self.cfg, win.device))

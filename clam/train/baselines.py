@@ -36,7 +36,7 @@ def train_bc(
 def _idm_stage(run: Run, labelled: WindowData, device, callbacks, loop) -> bool: # window -> action on the labelled episodes
     cfg = run.config
     with seed_everything(sub_seed(cfg.seed, "idm")): idm = run.new_idm().to(device)
-    if cfg.lam.step_units: idm.fit_steps(labelled.windows(torch.arange(len(labelled), device=device)))
+    if cfg.lam.step_units: idm.fit_steps(labelled.sample())
     positional = torch.as_tensor(run.normaliser.positional, device=device)
     def draw(idx): b = labelled.batch(idx); return (augmented(b.win, cfg.stage1, positional), *b.inputs[1:]), b.act # as CLAM's labelled windows
     state, step = regression(idm, draw, len(labelled), cfg.idm, sub_seed(cfg.seed, "idm"), "action_loss", device)

@@ -59,6 +59,8 @@ class WindowData:
     def current(self, idx=None) -> torch.Tensor: # o_t of transitions `idx [B]`, or of every one: [N, S]
         idx = torch.arange(len(self), device=self.device) if idx is None else idx
         return self._look(self.stacked[:, CURRENT].index_select(0, idx)) if self.pictures else self.obs.index_select(0, self.rows[:, CURRENT].index_select(0, idx))
+    def sample(self) -> torch.Tensor: # [n, W, S]: windows spread evenly over the view, at most 200,000 (of pictures some hundred)
+        return self.windows(torch.arange(0, len(self), max(1, len(self)//(16*self.chunk if self.pictures else 100_000)), device=self.device))
     @property
     def chunk(self) -> int: return max(8, min(4096, 2**22//(self.stacked[0].numel()*self.obs[0].numel()))) # windows to look at in one go
 

@@ -72,7 +72,7 @@ def _decoder_stage(run: Run, labelled: WindowData, device, callbacks, loop) -> b
 def _lam_stage(run: Run, unlabelled: WindowData, labelled: WindowData, device, callbacks, loop) -> bool: # Algorithm 1
     cfg = run.config; s1 = cfg.stage1
     with seed_everything(sub_seed(cfg.seed, "lam")): lam, decoder = run.new_lam().to(device), run.new_decoder().to(device)
-    if cfg.lam.step_units: lam.fit_steps(unlabelled.windows(torch.arange(0, len(unlabelled), max(1, len(unlabelled)//100_000), device=device)))
+    if cfg.lam.step_units: lam.fit_steps(unlabelled.sample())
     step = JointStep(lam.train(), decoder.train(), unlabelled, labelled if s1.joint else None, s1, cfg.seed, run.normaliser.positional)
     done = train_stage(run, "stage1", step.state(), step, s1.updates, callbacks, **loop)
     if done: end_stage(run, "stage1", lam=lam, **({"decoder": decoder} if s1.joint else {}))

@@ -5,8 +5,8 @@
 # %% ../../nbs/55_train.stage2.ipynb #c17f7b9f
 from __future__ import annotations
 import numpy as np, torch
-from ..core import CheckpointError, seed_everything, sub_seed
-from ..config import RegressionConfig
+from ..core import CheckpointError, ConfigError, seed_everything, sub_seed
+from ..config import Config, RegressionConfig
 from ..models.policies import chunked
 from .checkpoint import Run, end_stage, train_stage
 from .loop import WindowData, regression
