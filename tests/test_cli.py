@@ -34,7 +34,7 @@ def refused(result, *words): # one line, exit code 2
     for w in words: assert w in err, f"{w!r} not in {err!r}"
 
 # ---------------------------------------------------------------- help and parsing
-COMMANDS = [["data", "list"], ["data", "info"], ["data", "check"], ["data", "card"], ["data", "make"], ["params"], ["demo"], ["train"], ["policy"], ["baseline"], ["eval"], ["health"], ["ladder"], ["table"], ["bench"], ["lab"], ["robot", "check"], ["robot", "demo"], ["robot", "serve-sim"]]
+COMMANDS = [["data", "list"], ["data", "info"], ["data", "check"], ["data", "card"], ["data", "make"], ["params"], ["demo"], ["train"], ["policy"], ["baseline"], ["eval"], ["health"], ["ladder"], ["table"], ["bench"], ["lab"], ["robot", "check"], ["robot", "demo"], ["robot", "bench"], ["robot", "serve-sim"]]
 
 def test_help_is_fast_and_exits_with_0():
     done = program("--help")
