@@ -80,6 +80,12 @@ def test_a_fault_of_ours_is_one_line_and_1(clam, tmp_path, monkeypatch):
     code, _, err = clam("data", "info", "toy", data=tmp_path)
     assert code == 1 and err.count("\n") == 1 and "ZeroDivisionError: oops" in err and "--debug" in err
 
+def test_a_full_disk_is_no_fault_of_ours(clam, tmp_path, monkeypatch):
+    import clam.data.store as store
+    def full(*a): raise OSError(28, "No space left on device", "obs.npy")
+    monkeypatch.setattr(store, "open_dataset", full)
+    refused(clam("data", "info", "toy", data=tmp_path), "obs.npy: No space left on device", "make room")
+
 def test_an_interruption_is_130(clam, tmp_path, monkeypatch):
     import clam.data.store as store
     def interrupted(*a): raise KeyboardInterrupt
