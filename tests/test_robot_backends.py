@@ -10,11 +10,11 @@ from clam.data.lerobot import write_lerobot
 from clam.data.store import EpisodeStore
 from clam.robot.base import LIMITS_RAD, POSES, LiveCamera
 from clam.robot.bridge import BridgeArm, BridgeStub
-from clam.robot.kinematics import FreeArm, forward_chain
+from clam.robot.kinematics import DOWN, FreeArm, forward_chain, inverse, make_pose
 from clam.robot.kitchen import Kitchen
 from clam.robot.recorder import RobotRecorder, from_unit, replay
 from clam.robot.runner import PolicyRunner
-from clam.robot.safety import Lease, SafeArm, SafetyConfig, deadman, hostile_actions, violations
+from clam.robot.safety import Lease, SafeArm, SafetyConfig, SafetyFilter, deadman, hostile_actions, violations
 from clam.robot.sim import SimArm, expert, observe
 
 DT = .02        # fifty requests a second: each is short, so that ten thousand are not long
@@ -60,6 +60,12 @@ def test_ten_thousand_hostile_actions_over_the_bridge():
             return ask(m, *a)
         arm.client._ask = listen; sound(*attack(safe, 10_000, 41, told), told, safe.filter.cfg.box)
         assert ((sim.kitchen.targets >= LIMITS_RAD[:, 0]) & (sim.kitchen.targets <= LIMITS_RAD[:, 1])).all()
+
+@pytest.mark.parametrize("space", ["ee_delta", "joint_abs"])
+def test_a_hand_outside_the_box_goes_back_before_anything_else(space): # a real arm overshoots; a sideways request must not spend the way back
+    f = SafetyFilter(SafetyConfig(space=space)); b = f.cfg.box; arm = FreeArm(inverse(make_pose(DOWN, (.25, b.low[1]-.004, .15)), restarts=10).q_rad); s = arm.read(); assert not b.contains(s.ee[:3, 3])
+    for a in ([.05, -.05, 0, .2, 0, 0, 1], [0]*7) if space == "ee_delta" else (np.r_[s.q_rad+[-.1, .1, 0, 0, 0, 0], 1.], np.r_[s.q_rad, 1.]):
+        sent = f(a, s, dt_s=DT); assert not sent.hold and b.contains(sent.ee[:3, 3]) and sent.kinds[0] == "box" and not violations(sent, f.cfg, s.q_rad, DT), sent
 
 # ---------------------------------------------------------------- replay
 def test_a_recording_replays_on_every_backend_and_through_lerobot(tmp_path):
