@@ -71,16 +71,23 @@ class LAMConfig:
     @property
     def window(self) -> int: return self.n_extra_context+2 # W
 
-# %% ../nbs/02_config.ipynb #5018463b
+# %% ../nbs/02_config.ipynb #75f8707c
 @dataclass(frozen=True)
 class HeadConfig:
     "An MLP head: a linear embedding without activation, then hidden layers (paper Tables 10-11)."
     embed_dim: int = 512              # first linear layer, no activation; 0 leaves it out
     hidden_dim: int = 1024            # width of the hidden layers
     n_hidden: int = 2                 # hidden layers: 2 for policies (Table 10), 3 for the action decoder (Table 11)
-    image_encoder: Literal["impala","conv"] = "impala" # what takes the embedding's place when a policy sees pictures, Appendix G.1
-    image_width: int = 4              # its channels, as `LAMConfig.conv_width`
-    def __post_init__(self): _positive(self, "hidden_dim", "n_hidden", "image_width")
+    image_encoder: Literal["impala","conv","act"] = "impala" # what takes the embedding's place when a policy sees pictures, Appendix G.1; `act` is the whole policy of Appendix F: ResNet-18 tokens, a decoder of n_hidden blocks of width embed_dim and feed-forward width hidden_dim
+    image_width: int = 4              # its channels, as `LAMConfig.conv_width`; with `act` in units of 16, so 4 is ResNet-18
+    chunk: int = field(default=1, metadata=LATER)               # `act`: steps that the policy predicts ahead, Appendix F has 5
+    ensemble_m: float = field(default=.5, metadata=LATER)       # `act` with chunk > 1: temporal ensembling's exp(-m i), Appendix F; 0 averages
+    ensemble_favour: Literal["old","new"] = field(default="old", metadata=LATER) # which predictions i = 0 is; Appendix F does not say, ACT has `old`
+    weights: str = field(default="", metadata=LATER)            # `act`: file below data/weights with ResNet-18 weights under torchvision's names; empty starts at random
+    def __post_init__(self):
+        _positive(self, "hidden_dim", "n_hidden", "image_width", "chunk")
+        if self.image_encoder != "act" and (self.chunk > 1 or self.weights): raise ConfigError("chunk and weights belong to the policy of Appendix F", got=f"chunk={self.chunk}, weights={self.weights!r} with image_encoder {self.image_encoder}", fix="set image_encoder to act (stage2.chunk is the chunk of other latent policies)")
+        if self.ensemble_m < 0: raise ConfigError("HeadConfig.ensemble_m must be 0 or more", got=self.ensemble_m, fix="ensemble_favour='new' turns the weights round")
 
 # %% ../nbs/02_config.ipynb #a57c6667
 @dataclass(frozen=True)
@@ -153,7 +160,7 @@ class Stage2Config(RegressionConfig):
         if self.flow_steps and self.decoded_weight: raise ConfigError("a flow has no decoded error", got=f"flow_steps={self.flow_steps}, decoded_weight={self.decoded_weight}", fix="set stage2.decoded_weight to 0")
         if self.decoded_weight < 0: raise ConfigError("Stage2Config.decoded_weight must be 0 or more", got=self.decoded_weight)
 
-# %% ../nbs/02_config.ipynb #745f4b52
+# %% ../nbs/02_config.ipynb #92e56189
 @dataclass(frozen=True)
 class SplitConfig:
     "Who may see what (paper section 4 and Appendix H; definitions in `clam.data.splits`)."
@@ -163,6 +170,7 @@ class SplitConfig:
     return_fraction: float = 0.5      # labelled trajectories have a return below this share of the median successful return
     heldout_fraction: float = 0.1     # share of trajectories kept for reconstruction checks and probes, never trained on
     seed: int = 0                     # draws the labelled trajectories
+    task: str = field(default="", metadata=LATER) # only episodes whose meta names this task are experts: for datasets that hold several tasks (Table 3)
     def __post_init__(self):
         _positive(self, "n_expert"); _fraction(self, "return_fraction", "heldout_fraction")
         if self.n_labelled < 1: raise ConfigError("at least one labelled trajectory is needed to ground latent actions", got=f"n_labelled={self.n_labelled}", fix="give --labels 1 or more")

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 
 # %% auto #0
-__all__ = ['LINE_S', 'ClamError', 'DatasetError', 'ConfigError', 'CheckpointError', 'EnvError', 'RobotError', 'Episode',
+__all__ = ['LINE_S', 'FAVOUR', 'ClamError', 'DatasetError', 'ConfigError', 'CheckpointError', 'EnvError', 'RobotError', 'Episode',
            'check_episode', 'Spec', 'project_root', 'data_dir', 'atomic_file', 'to_json', 'write_json', 'read_json',
            'file_digest', 'digest', 'write_manifest', 'check_manifest', 'atomic_dir', 'locked', 'rng_state',
            'set_rng_state', 'seed_everything', 'sub_seed', 'available_cpus', 'torch_threads', 'git_commit',
-           'provenance', 'progress', 'die_with_parent']
+           'provenance', 'progress', 'die_with_parent', 'ensemble_weights', 'Ensembler']
 
 # %% ../nbs/00_core.ipynb #17f8266f
 class ClamError(Exception):
@@ -321,3 +321,22 @@ def die_with_parent():
     if (parent := multiprocessing.parent_process()) is None: return
     def watch(): parent.join(); os._exit(1)
     threading.Thread(target=watch, daemon=True, name="clam-orphan").start()
+
+# %% ../nbs/00_core.ipynb #56610107
+FAVOUR = ("old", "new")
+
+def ensemble_weights(n: int, m: float=.5, favour: str="old") -> np.ndarray: # [n], oldest prediction first, sum 1
+    if favour not in FAVOUR: raise ConfigError("ensembling favours old or new predictions", got=favour, expected=" or ".join(FAVOUR))
+    w = np.exp(-m*np.arange(n)); w = w if favour == "old" else w[::-1]
+    return w/w.sum()
+
+class Ensembler:
+    "`add(t, chunk)`, then `action(t)`: what all chunks say about step t, averaged."
+    def __init__(self, m: float=.5, favour: str="old"): self.m, self.favour, self.chunks = m, favour, []; ensemble_weights(1, m, favour)
+    def reset(self): self.chunks = []
+    def add(self, t: int, chunk): # chunk [k, A], its first row is for step t
+        self.chunks = [(s, c) for s, c in self.chunks if s+len(c) > t and s < t]+[(t, np.asarray(chunk, float))]
+    def action(self, t: int) -> np.ndarray: # [A]
+        said = np.array([c[t-s] for s, c in self.chunks if 0 <= t-s < len(c)])
+        if not len(said): raise RobotError("no chunk covers this step", got=f"step {t}", fix="add(t, chunk) first")
+        return ensemble_weights(len(said), self.m, self.favour) @ said

@@ -48,6 +48,13 @@ def test_from_make_to_eval(tmp_path, monkeypatch, capsys):
     assert clam("train", "--data", "mujoco/hopper", "--run", "r", *fast)[0] == 0 and clam("policy", "--run", "r")[0] == 0
     code, said = clam("eval", "--run", "r", "--episodes", 2, "--videos", 0); assert code == 0 and np.isfinite([said["return_mean"], said["normalized_return"]]).all(), said
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in HERE if n != "mujoco/halfcheetah"])
+def test_same_seed_same_bytes_of_every_agent(name, tmp_path):
+    one, two = (make_dataset(name, 9, seed=2, out=tmp_path/str(w), workers=w, quiet=True) for w in (1, 2)); files = sorted(p.name for p in one.iterdir())
+    assert files == sorted(p.name for p in two.iterdir()) and all((one/f).read_bytes() == (two/f).read_bytes() for f in files)
+    assert EpisodeStore(make_dataset(name, 9, seed=3, out=tmp_path/"other", workers=1, quiet=True)).digest != EpisodeStore(one).digest
+
 @pytest.mark.skipif(rendering.choose_gl() is None, reason="no driver can draw here")
 @pytest.mark.parametrize("name", ["mujoco/hopper", "mujoco/halfcheetah"])
 def test_frames_drawn_from_the_store(name, tmp_path):

@@ -87,6 +87,18 @@ def test_success_counts_any_substep_and_repeat_sums_rewards():
     assert s.success and s.info["success_last"] is False and s.reward == 3.
 
 # ---------------------------------------------------------------- names and mistakes
+def test_every_number_has_one_name():
+    for task in TASKS:
+        s = MetaWorldEnv(task).obs_slices; np.testing.assert_array_equal(np.concatenate([np.arange(39)[v] for v in s.values()]), np.arange(39))
+    env = MetaWorldEnv("bin-picking"); o = env.reset(0); s = env.obs_slices
+    np.testing.assert_allclose(o[s["hand"]], env.sim.get_endeff_pos(), atol=1e-6); np.testing.assert_allclose(o[s["goal"]], env.sim._target_pos, atol=1e-6); np.testing.assert_array_equal(o[s["prev_object"]], o[s["object"]])
+
+@pytest.mark.parametrize("spoil, words", [(lambda s: s.pop("gripper"), "3: no name"), (lambda s: s.update(hand=slice(0, 4)), "3: hand and gripper"), (lambda s: s.update(goal=slice(36, 40)), "not there"), (lambda s: s.update(all=slice(None)), "not there"), (lambda s: s.update(none=slice(5, 5)), "not there")])
+def test_a_table_of_names_with_a_fault_is_seen(monkeypatch, spoil, words):
+    from clam.envs import metaworld
+    table = dict(OBS_SLICES); spoil(table); monkeypatch.setattr(metaworld, "OBS_SLICES", table)
+    with pytest.raises(EnvError, match=words): MetaWorldEnv("reach")
+
 def test_names():
     assert {"toy", "fake", *(f"metaworld/{t}" for t in TASKS)} <= set(env_names())
     for bad in ("metaworld", "metaworld/", "metaworld/assembly-v3", "atari", "", "toy/x"):

@@ -189,6 +189,24 @@ def test_a_view_is_exported_as_what_it_is(tmp_path):
     with pytest.raises(DatasetError, match="needs actions"): export_dataset("minari", s.without_actions(), tmp_path/"m")
     assert not (tmp_path/"m").exists() and sorted(p.name for p in tmp_path.iterdir()) == ["b", "s", "v"]
 
+def test_minari_by_dataset_id(tmp_path, monkeypatch):
+    import minari
+    (tmp_path/"root").mkdir(); eps = world(); put_minari(tmp_path/"root", eps); monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path/"root")); monkeypatch.chdir(tmp_path)
+    s = EpisodeStore(import_dataset("minari", "lab/set-v0", tmp_path/"out")); assert s.name == "lab/set-v0" and s.meta["source"] == "Minari: lab/set-v0" and all(np.array_equal(a.obs, b.obs) and np.array_equal(a.act, b.act) for a, b in zip(s, eps, strict=True))
+    def absent(*a, **kw): raise ValueError("no such dataset on the server")
+    monkeypatch.setattr(minari, "load_dataset", absent)                                           # and nothing is asked of the network here
+    with pytest.raises(DatasetError, match="lab/other-v0.*no such dataset"): import_dataset("minari", "lab/other-v0", tmp_path/"no")
+    for bad in ("lab/set", "../set-v0/..", ""):
+        with pytest.raises(DatasetError, match="not a Minari dataset"): import_dataset("minari", bad, tmp_path/"no")
+    monkeypatch.setitem(sys.modules, "minari", None)
+    with pytest.raises(DatasetError, match="pip install minari"): import_dataset("minari", "lab/set-v0", tmp_path/"no")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "root"]
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_source_and_licence_are_known(name, tmp_path):
+    (tmp_path/"src").mkdir(); p = PUT[name](tmp_path/"src", source(name)); s = EpisodeStore(bring(name, p, tmp_path/"a")); assert s.meta["source"].endswith(f": {p.name}") and s.meta["licence"] == "not stated"
+    t = EpisodeStore(bring(name, p, tmp_path/"b", source="doi:10.1/x", licence="CC-BY-4.0")); assert (t.meta["source"], t.meta["licence"]) == ("doi:10.1/x", "CC-BY-4.0") and t.digest == s.digest
+
 def test_minari_opens_what_we_write(tmp_path, monkeypatch):
     import minari
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path)); eps = world(); s = EpisodeStore(write_store(tmp_path/"s", eps, {"name": "lab/reach"})); export_dataset("minari", s, tmp_path/"lab/reach-v0")

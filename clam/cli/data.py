@@ -15,7 +15,7 @@ from .command import Command, show_pairs, show_table
 # %% auto #0
 __all__ = ['DataList', 'DataInfo', 'DataCheck', 'DataCard', 'DataMake', 'DataImport', 'DataExport']
 
-# %% ../../nbs/90_cli.data.ipynb #8a9e3396
+# %% ../../nbs/90_cli.data.ipynb #b79df554
 def _counts(s) -> dict: # what make, import and export report; no rate where success was never recorded
     return {"episodes": len(s), "transitions": int(s.lengths.sum()), "success_rate": float(s.succeeded.mean()) if s.success is not None else None}
 
@@ -24,23 +24,22 @@ def _megabytes(folder) -> float: # on disk
 
 @dataclass(kw_only=True)
 class DataList(Command):
-    "What lies in data/episodes (returns: 5th to 95th percentile), and the recipes that make more."
+    "What lies in data/episodes, and the recipes that make more, as their committed cards have them. Returns: lowest, median, highest."
     def do(self) -> dict:
+        from clam.collect.cards import card, committed_cards, one_line
         from clam.collect.recipes import recipe_names
-        import numpy as np
         from clam.data.store import list_datasets, open_dataset
-        rows, problems = [], []
+        short = lambda rows: show_table([{k: shorten(str(v), 40, placeholder=" ...") if k in ("who", "licence", "source") else v for k, v in r.items() if k != "path"} for r in rows])
+        rows, problems, cards, names = [], [], committed_cards(), recipe_names()
         for name in list_datasets():
-            try:
-                s = open_dataset(name)
-                rows.append({"name": name, **_counts(s), "returns": None if s.reward is None else " to ".join(f"{r:.4g}" for r in np.percentile(s.returns, [5, 95])), "frames": s.frames is not None, "MB": _megabytes(s.path),
-                    "licence": s.meta.get("licence", "not stated"), "source": s.meta.get("source", "not stated"), "path": str(s.path)})
+            try: s = open_dataset(name); rows.append({**one_line(card(s)), "name": name, "MB": _megabytes(s.path), "path": str(s.path)})
             except DatasetError as e: problems.append(str(e))
-        show_table([{k: shorten(v, 48, placeholder=" ...") if k == "source" else v for k, v in r.items() if k != "path"} for r in rows])
+        short(rows)
         if not rows: print(f"no datasets in {data_dir('episodes')} yet")
-        print("recipes for `clam data make`:", ", ".join(recipe_names()))
+        print("\nrecipes for `clam data make`, and what they gave:"); known = [one_line(cards[n]) for n in names if n in cards]; short(known)
+        if rest := [n for n in names if n not in cards]: print("and", ", ".join(rest))
         for p in problems: print("damaged:", p)
-        return {"datasets": rows, "recipes": recipe_names(), "problems": problems}
+        return {"datasets": rows, "recipes": names, "cards": known, "problems": problems}
 
 # %% ../../nbs/90_cli.data.ipynb #7de4dc80
 @dataclass(kw_only=True)
@@ -99,7 +98,7 @@ class DataMake(Command):
         show_pairs(out)
         return out
 
-# %% ../../nbs/90_cli.data.ipynb #ae8172d7
+# %% ../../nbs/90_cli.data.ipynb #bc2146b1
 def _pairs(given) -> dict: # ("size=84", "camera=none") -> {"size": 84, "camera": "none"}
     out = {}
     for g in given:
@@ -119,12 +118,15 @@ class DataImport(Command):
     episodes: int|None = None      # at most so many
     demos: bool = False            # every episode is a successful demonstration (where the file says nothing of success)
     overwrite: bool = False        # replace an existing dataset
+    source: str|None = None        # where it came from; default: what the file says
+    licence: str|None = None       # under which licence; default: what the file says
     option: tuple[str, ...] = ()   # options of the format as key=value, e.g. `--option size=84 camera=none`
     def do(self) -> dict:
         from clam.data.formats import import_dataset
         from clam.data.store import EpisodeStore
+        if own := {"name", "episodes", "overwrite", "demos", "source", "licence"} & {o.partition("=")[0] for o in self.option}: raise ConfigError("this option is a flag of its own", got=", ".join(sorted(own)), expected=", ".join(f"--{o}" for o in sorted(own)))
         out = self.out or data_dir("episodes", self.format, Path(self.path).stem)
-        s = EpisodeStore(import_dataset(self.format, self.path, out, self.name, self.episodes, self.overwrite, self.demos, **_pairs(self.option)))
+        s = EpisodeStore(import_dataset(self.format, self.path, out, self.name, self.episodes, self.overwrite, self.demos, source=self.source, licence=self.licence, **_pairs(self.option)))
         done = {**_counts(s), "path": str(s.path)}
         show_pairs(done | {"fields": sorted(s.meta["fields"])})
         return done

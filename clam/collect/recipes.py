@@ -203,7 +203,7 @@ def collect(name: str, episodes: int, seed: int=0, workers: int=0, frames: bool|
             raise DatasetError("a collecting process died", fix="look for its message above; a script needs `if __name__ == '__main__':` around the call; or use workers=1", where=name) from None
         finally: pool.shutdown(cancel_futures=True)
 
-# %% ../../nbs/31_collect.recipes.ipynb #d342aa33
+# %% ../../nbs/31_collect.recipes.ipynb #70436a72
 def make_dataset(
     name: str,              # a recipe: `metaworld/assembly`
     episodes: int=1000,
@@ -217,7 +217,7 @@ def make_dataset(
     "Run a recipe and store its episodes. The same name, episodes and seed give the same bytes, whatever the number of workers."
     recipe = recipe_for(name)
     if episodes < 1: raise DatasetError("a dataset needs episodes", got=episodes, expected="at least 1")
-    if _drawn(frames) and (frames < 8 or not getattr(recipe, "sized", False)): raise DatasetError("no frames of this size", got=f"{frames} pixels", expected="8 or more, with a metaworld or toy recipe", where=name)
+    if _drawn(frames) and (frames < 8 or not getattr(recipe, "sized", False)): raise DatasetError("no frames of this size", got=f"{frames} pixels", expected="8 or more, and a recipe that draws frames of any size (the arm's camera has its own)", where=name)
     out = Path(out) if out else data_dir("episodes", name)
     meta = {"name": name, "seed": seed, "recipe": {"kind": type(recipe).__name__, **dataclasses.asdict(recipe)}} | recipe.describe(name, frames)
     return write_store(out, progress(collect(name, episodes, seed, workers, frames), f"collecting {name}", episodes, quiet), meta, overwrite=overwrite)

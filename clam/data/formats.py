@@ -168,7 +168,7 @@ def _options(function, skip: int, options: dict, name: str): # a misspelt option
     known = list(inspect.signature(function).parameters)[skip:]
     if unknown := set(options)-set(known): raise ConfigError(f"format {name} has no option {', '.join(sorted(unknown))}", expected=", ".join(known) or "none")
 
-# %% ../../nbs/14_data.formats.ipynb #0c903512
+# %% ../../nbs/14_data.formats.ipynb #f50a660a
 def _flow(source: Source, path, spec: dict, limit, demos, act_limit, quiet): # the episodes of a source, checked; what the spec still lacks is filled in on the way
     it, i, longest, fields = iter(source.episodes), 0, 0, None
     with progress(desc="importing", total=min(source.total or limit, limit or source.total) if source.total or limit else None, quiet=quiet) as bar:
@@ -197,19 +197,22 @@ def import_dataset(
     demos: bool=False,        # every episode is a successful demonstration: where the file has no word on success, the last step is one
     act_limit="format",       # largest |action| accepted; None accepts any, "format" what the format promises
     quiet: bool|None=None,    # no progress bar
+    source: str|None=None,    # where the data came from; default: what the file says, else format and file name
+    licence: str|None=None,   # under which licence; default: what the file says, else "not stated"
     **options,                # of the format, see `find_format(format).options`
 ) -> Path:
     "Convert a dataset of another project into a store. `DatasetError` names file, episode and field, and leaves nothing behind."
     fmt, out = find_format(format), Path(out)
     _options(fmt.read, 1, options, format)
     if episodes is not None and episodes < 1: raise ConfigError("there is nothing to import", got=f"episodes={episodes}", expected="1 or more")
-    with reading(path): source = fmt.read(path, **options)
-    meta = dict(source.meta); spec = {"name": name or meta.get("name") or Path(path).stem, **meta.pop("spec", {})}
+    with reading(path): found = fmt.read(path, **options)
+    meta = dict(found.meta); says = {**(d if isinstance(d := meta.get("metadata"), dict) else {}), **meta}; spec = {"name": name or meta.get("name") or Path(path).stem, **meta.pop("spec", {})}
     limit = meta.pop("act_limit", fmt.act_limit) if act_limit == "format" else act_limit
     if name: spec["name"] = name
     spec["given_steps"] = spec.pop("max_steps", None)
+    meta["source"] = source or says.get("source") or f"{fmt.title}: {Path(path).name if Path(path).exists() else path}"; meta["licence"] = licence or says.get("licence") or says.get("license") or "not stated"
     meta = {**meta, "name": name or meta.get("name") or out.name, "imported": {"format": format, "file": Path(path).name, "options": options, "demos": demos, **meta.get("imported", {})}, "spec": spec}
-    return write_store(out, _flow(source, path, spec, episodes, demos, limit, quiet), meta, overwrite, limit)
+    return write_store(out, _flow(found, path, spec, episodes, demos, limit, quiet), meta, overwrite, limit)
 
 # %% ../../nbs/14_data.formats.ipynb #2a79cff4
 def action_lags(store, limit: int=50_000) -> dict[int, float]:

@@ -10,7 +10,7 @@ import numpy as np
 from ..core import EnvError, Spec
 
 # %% auto #0
-__all__ = ['Step', 'Env', 'BaseEnv', 'FakeEnv', 'register', 'env_names', 'make_env']
+__all__ = ['Step', 'Env', 'BaseEnv', 'check_slices', 'FakeEnv', 'register', 'env_names', 'make_env']
 
 # %% ../../nbs/20_envs.base.ipynb #f0114bba
 class Step(NamedTuple):
@@ -57,6 +57,16 @@ class BaseEnv:
     def close(self): pass
     def __enter__(self): return self
     def __exit__(self, *exc): self.close()
+
+# %% ../../nbs/20_envs.base.ipynb #8ebd893a
+def check_slices(slices: dict[str, slice], obs_dim: int, where: str) -> dict[str, slice]:
+    "`slices`, if each of the `obs_dim` numbers has exactly one name; `EnvError` names those that do not."
+    owners = [[] for _ in range(obs_dim)]
+    for name, s in slices.items():
+        if s.start is None or s.stop is None or s.step is not None or not 0 <= s.start < s.stop <= obs_dim: raise EnvError("a name covers numbers that are not there", got=f"{name}: {s}", expected=f"slice(i, j) with 0 <= i < j <= {obs_dim}", where=where)
+        for i in range(s.start, s.stop): owners[i].append(name)
+    if wrong := {i: " and ".join(n) or "no name" for i, n in enumerate(owners) if len(n) != 1}: raise EnvError("observation numbers without exactly one name", got=", ".join(f"{i}: {n}" for i, n in wrong.items()), expected="one name each", where=where)
+    return slices
 
 # %% ../../nbs/20_envs.base.ipynb #11ff2a39
 class FakeEnv(BaseEnv):

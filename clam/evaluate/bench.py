@@ -142,7 +142,7 @@ def _bench(parts, turns, quiet) -> dict:
             except Exception as e:
                 if p != "render": raise
                 skipped[p] = str(e); bar.update(); continue            # no way to draw on this machine
-            out[p] = {**r, "unit": unit, "ours_per_second": n/r["ours_s"], "reference_per_second": n/r["reference_s"]}; bar.update()
+            out[p] = {**r, "unit": unit, "clock": "CPU-second" if clock is time.process_time else "second", "ours_per_second": n/r["ours_s"], "reference_per_second": n/r["reference_s"]}; bar.update()
     return {"ratios": {p: round(r["ratio"], 2) for p, r in out.items()}, "parts": out, "skipped": skipped, "threads": 1, "provenance": provenance()}
 
 # %% ../../nbs/68_evaluate.bench.ipynb #d807198c

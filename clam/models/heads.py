@@ -27,12 +27,13 @@ class ActionDecoder(nn.Module):
         self.net = head(latent_dim, act_dim, cfg or HeadConfig(n_hidden=3))
     def forward(self, z): return torch.tanh(self.net(z))
 
-# %% ../../nbs/43_models.heads.ipynb #45a5e459
+# %% ../../nbs/43_models.heads.ipynb #134e7a7e
 def observing_head(obs: int|tuple, n_out: int, cfg: HeadConfig) -> nn.Sequential: # obs is S or (C, Hh, Ww)
     "`head` for states; for pictures an encoder to `embed_dim` features in place of the embedding: `[B, C, Hh, Ww] -> [B, n_out]`."
     shape = (obs,) if isinstance(obs, int) else tuple(obs)
     if len(shape) == 1: return head(shape[0], n_out, cfg)
     if len(shape) != 3 or shape[1] != shape[2]: raise ConfigError("a policy reads states or square pictures", got=list(shape), expected="[S] or [C, side, side]")
+    if cfg.image_encoder not in ENCODERS: raise ConfigError("this policy has no such encoder", got=f"image_encoder {cfg.image_encoder}", expected=", ".join(ENCODERS), fix="`act` is a policy of its own, clam.models.act.ActPolicy; DynaMo does not have it")
     n = cfg.embed_dim or cfg.hidden_dim
     return nn.Sequential(ENCODERS[cfg.image_encoder](shape[0], shape[1], n, cfg.image_width), *mlp(n, *[cfg.hidden_dim]*cfg.n_hidden, n_out))
 

@@ -133,7 +133,7 @@ def _block_in_pot(k, mem) -> float:
 
 TASKS = {"reach-block": _reach_block, "push-button": _push_button, "close-microwave": _close_microwave, "block-in-pot": _block_in_pot, "play": lambda k, mem: 0.}
 
-# %% ../../nbs/73_robot.kitchen.ipynb #3bd4efdc
+# %% ../../nbs/73_robot.kitchen.ipynb #5cc4e31e
 def layout(rng, task: str) -> dict:
     "Where things stand at the start: block (x, y, yaw), pot (x, y), door angle and distractors (x, y), drawn so that nothing overlaps."
     apart = lambda p, others, r: all(np.hypot(*np.subtract(p[:2], o[:2])) >= d+r for o, d in others)
@@ -159,12 +159,12 @@ class Kitchen:
         self._qi, self._vi = at(JOINTS, m.jnt_qposadr), at(JOINTS, m.jnt_dofadr)
         self._fingers, self._door, self._latch = at(("left_finger", "right_finger"), m.jnt_qposadr), int(m.joint("door").qposadr[0]), m.equality("latch").id
         self._buttons = {n: int(m.joint(f"{n}_button").qposadr[0]) for n in BUTTONS}
-        self._hand = np.flatnonzero(np.isin(m.geom_bodyid, [m.body(b).id for b in ("hand", "left_finger", "right_finger")]))
+        self._hand = np.isin(m.geom_bodyid, [m.body(b).id for b in ("hand", "left_finger", "right_finger")])     # [geoms] bool
         self._kv_kp = -m.actuator_biasprm[:6, 2]/m.actuator_gainprm[:6, 0]
         self._renderers, self.dt_s = {}, dt_s
         self.reset(seed, task)
 
-# %% ../../nbs/73_robot.kitchen.ipynb #cb257fd0
+# %% ../../nbs/73_robot.kitchen.ipynb #2a341446
 def _reset(self, seed: int, task: str="play", q_rad=None) -> "Kitchen":
     "Start the episode that `seed` determines; the arm begins at BridgeData's neutral pose (with a little jitter), or at `q_rad`."
     if task not in TASKS: raise RobotError("unknown task", got=repr(task), expected=f"one of {', '.join(TASKS)}", where="kitchen")
@@ -182,11 +182,12 @@ def _reset(self, seed: int, task: str="play", q_rad=None) -> "Kitchen":
     self.memory, self.best = {}, 0.; self._watch()
     return self
 
-def _advance(self, dt_s: float):
-    "Physics for `dt_s` seconds; what is less than one step is kept for the next call. Scores are watched every 20 ms."
+def _advance(self, dt_s: float, motion=None):
+    "Physics for `dt_s` seconds; what is less than one step is kept for the next call. `motion(t) -> q [6]` gives each step's targets. Scores are watched every 20 ms."
     d, watch = self.data, round(.02/self.dt_s)
     self._due += dt_s; n = int(self._due/self.dt_s+1e-6); self._due -= n*self.dt_s
     for _ in range(n):
+        if motion: self.set_targets(motion(d.time+self.dt_s))
         self._drive(); mujoco.mj_step(self.model, d)
         door, held = d.qpos[self._door], d.eq_active[self._latch]
         if held != (door < (.06 if held else .03)): d.eq_active[self._latch] = not held
@@ -203,12 +204,12 @@ def _drive(self): # targets, torque and gripper drive -> forces, before each phy
         d.qfrc_applied[self._vi] = np.where(off, -d.qfrc_gravcomp[self._vi], 0.)      # ... and the compensation of gravity
     else: d.qfrc_applied[self._vi] = 0.
     half = d.qpos[self._fingers[0]]
-    d.ctrl[6] = half if not self.torque[6] else np.clip(x, *GRIPPER_HALF_M) if kind == "half" else half+.004*np.clip(x/350, -1, 1)
+    d.ctrl[6] = half if not self.torque[6] else min(max(x, GRIPPER_HALF_M[0]), GRIPPER_HALF_M[1]) if kind == "half" else half+.004*min(max(x/350, -1), 1)
 def _watch(self): self.best = max(self.best, TASKS[self.task](self, self.memory))
 Kitchen.reset, Kitchen.advance, Kitchen._drive, Kitchen._watch = _reset, _advance, _drive, _watch
 Kitchen.score = property(lambda self: self.best, doc="best score so far in this episode: 0, 0.5 or 1")
 
-# %% ../../nbs/73_robot.kitchen.ipynb #aa63cf1a
+# %% ../../nbs/73_robot.kitchen.ipynb #086e8a82
 def _pose(self) -> np.ndarray: # [4, 4] of ee_gripper_link in the base frame
     s, T = self.data.site("ee"), np.eye(4); T[:3, 3], T[:3, :3] = s.xpos, s.xmat.reshape(3, 3)
     return T
@@ -237,7 +238,7 @@ def _where(self, name: str) -> np.ndarray: # [3] centre of a thing (the pot's is
 def _pressed(self, name: str) -> float: return float(self.data.qpos[self._buttons[name]]) # travel of a button in metres
 def _touches(self, geom: str) -> bool: # whether hand or fingers touch this shape
     c = self.data.contact; g = c.geom[(c.geom == self.model.geom(geom).id).any(1)]
-    return bool(np.isin(g, self._hand).any())
+    return bool(self._hand[g].any())
 Kitchen.where, Kitchen.pressed, Kitchen.touches = _where, _pressed, _touches
 
 # %% ../../nbs/73_robot.kitchen.ipynb #ceed975a

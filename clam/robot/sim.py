@@ -17,9 +17,9 @@ from .safety import SafetyConfig, SafetyFilter
 # %% auto #0
 __all__ = ['ARM', 'SLICES', 'OBS_DIM', 'ACT_DIM', 'PERIOD_S', 'SCALE', 'FAMILY', 'OPEN', 'CLOSED', 'TRAVEL_Z', 'SCRIPTS', 'LOW',
            'HIGH', 'STEADY_GRIP', 'COLLECT_SEEDS', 'RECIPES', 'SimArm', 'SimCamera', 'observe', 'WidowXEnv', 'View',
-           'Scripted', 'expert', 'wobble', 'player', 'record', 'KitchenMix']
+           'Scripted', 'expert', 'wobble', 'player', 'record', 'KitchenMix', 'KitchenAll']
 
-# %% ../../nbs/74_robot.sim.ipynb #7b058f30
+# %% ../../nbs/74_robot.sim.ipynb #fae17215
 class SimArm(BaseArm):
     "The arm in a simulated kitchen."
     name = "sim"
@@ -41,7 +41,7 @@ class SimArm(BaseArm):
         k = self.kitchen
         with self.lock:
             self._owed += seconds; n = int(self._owed/k.dt_s+1e-6); self._owed -= n*k.dt_s
-            for _ in range(n): k.set_targets(self._motion.at(k.t+k.dt_s-self._t0)[0]); k.advance(k.dt_s)
+            k.advance(n*k.dt_s, lambda t: self._motion.at(t-self._t0)[0])
 
     def _run(self): # the thread of the real-time clock; what it missed by more than 0.1 s is lost
         last = time.monotonic()
@@ -245,7 +245,7 @@ def player(seed: int) -> Scripted: # a play policy; every seed plays differently
     rng = np.random.default_rng(seed)
     return Scripted(_play(rng), gain=rng.uniform(.5, .9), noise=wobble(rng, rng.uniform(.05, .25)*STEADY_GRIP), top=rng.uniform(.35, .8))
 
-# %% ../../nbs/74_robot.sim.ipynb #414e5838
+# %% ../../nbs/74_robot.sim.ipynb #feb06018
 COLLECT_SEEDS = 900_000         # environment seeds for collection lie below, as for every recipe
 
 def record(env, pi, seed: int, frames: bool=False, after: int|None=None, **meta) -> Episode:
@@ -258,8 +258,21 @@ def record(env, pi, seed: int, frames: bool=False, after: int|None=None, **meta)
         if s.done or (after is not None and sum(success) > after): break
     return Episode(np.stack(obs), np.stack(imgs) if frames else None, np.stack(act), np.array(reward, np.float32), np.array(success, bool), meta=meta | {"seed": int(seed), "score": s.info["score"]})
 
+def _sized(frames) -> dict: return {} if isinstance(frames, bool) or not frames else {"render_size": int(frames)} # a number asks for frames of that side in pixels
+
+class _Demonstrates: # what the two mixtures below share
+    sized = True
+    def demonstration(self, env, subs, frames, **meta) -> Episode: # a demonstrator who fails tries again elsewhere, with the next number of `subs`
+        for sub in subs:
+            ep = record(env, expert(env.task, noise=wobble(np.random.default_rng(sub), self.tremble*STEADY_GRIP), top=self.pace), sub % COLLECT_SEEDS, bool(frames), self.after, policy="expert", **meta)
+            if ep.succeeded: return ep
+        raise EnvError("the expert failed twenty times in a row", where=f"{env.spec.name}, last seed {sub % COLLECT_SEEDS}")
+    def describe(self, name: str, frames: bool|int=False) -> dict: # what the dataset's meta says about its source
+        task = name.partition("/")[2]; env = WidowXEnv(task if task in TASKS else "play", **_sized(frames))
+        return {"spec": env.spec, "source": "the workbench's own kitchen: scripted play and demonstrations", "licence": "as the workbench", "packages": {p: importlib.metadata.version(p) for p in ("mujoco", "numpy")}} | ({"camera": env.camera} if frames else {})
+
 @dataclass(frozen=True)
-class KitchenMix:
+class KitchenMix(_Demonstrates):
     "Play, then demonstrations."
     demos: int = 34         # at most, and at most 0.4 of the episodes
     tremble: float = .08    # deviation of the noise on a demonstrator's actions
@@ -268,19 +281,33 @@ class KitchenMix:
     version: int = 1        # raised whenever the same seed gives other episodes
 
     def n_demos(self, episodes: int) -> int: return min(self.demos, round(.4*episodes))
-    def collector(self, name: str, episodes: int, seed: int, frames: bool=False):
+    def collector(self, name: str, episodes: int, seed: int, frames: bool|int=False):
         "A function `k -> Episode` that computes episode k from nothing but `(name, episodes, seed, k)`."
-        task = name.partition("/")[2]; env = WidowXEnv(task)
+        env = WidowXEnv(name.partition("/")[2], **_sized(frames))
         def episode(k: int) -> Episode:
-            if k < episodes-self.n_demos(episodes): sub = sub_seed(seed, name, k); return record(env, player(sub), sub % COLLECT_SEEDS, frames, policy="play")
-            for i in range(20):         # a demonstrator who fails tries again elsewhere
-                sub = sub_seed(seed, name, k, i); ep = record(env, expert(task, noise=wobble(np.random.default_rng(sub), self.tremble*STEADY_GRIP), top=self.pace), sub % COLLECT_SEEDS, frames, self.after, policy="expert")
-                if ep.succeeded: return ep
-            raise EnvError("the expert failed twenty times in a row", where=f"{name}, episode {k}")
+            if k >= episodes-self.n_demos(episodes): return self.demonstration(env, (sub_seed(seed, name, k, i) for i in range(20)), frames)
+            sub = sub_seed(seed, name, k); return record(env, player(sub), sub % COLLECT_SEEDS, bool(frames), policy="play")
         return episode
 
-    def describe(self, name: str, frames: bool=False) -> dict: # what the dataset's meta says about its source
-        env = WidowXEnv(name.partition("/")[2])
-        return {"spec": env.spec, "source": "the workbench's own kitchen: scripted play and demonstrations", "licence": "as the workbench", "packages": {p: importlib.metadata.version(p) for p in ("mujoco", "numpy")}} | ({"camera": env.camera} if frames else {})
+@dataclass(frozen=True)
+class KitchenAll(_Demonstrates):
+    "Play in no task's service, then demonstrations of all four tasks; each episode's meta names its `task`. The data of Table 3."
+    demos: tuple = (("reach-block", 34), ("push-button", 34), ("close-microwave", 34), ("block-in-pot", 56)) # a tenth is held out, which leaves the paper's 30 and 50
+    tremble: float = .08
+    pace: float = .7
+    after: int = 5
+    version: int = 1
 
-RECIPES = {f"widowx/{t}": KitchenMix(demos={"play": 0, "block-in-pot": 56}.get(t, 34)) for t in TASKS}
+    def tasks(self, episodes: int) -> list[str]: # the task of each episode; demonstrations are at most 0.8 of them
+        share = min(1., .8*episodes/sum(n for _, n in self.demos)); demos = [t for t, n in self.demos for _ in range(int(share*n))]
+        return ["play"]*(episodes-len(demos))+demos
+    def collector(self, name: str, episodes: int, seed: int, frames: bool|int=False):
+        "As `KitchenMix.collector`."
+        tasks, envs = self.tasks(episodes), {}
+        def episode(k: int) -> Episode:
+            t = tasks[k]; env = envs[t] if t in envs else envs.setdefault(t, WidowXEnv(t, **_sized(frames)))
+            if t != "play": return self.demonstration(env, (sub_seed(seed, name, k, i) for i in range(20)), frames, task=t)
+            sub = sub_seed(seed, name, k); return record(env, player(sub), sub % COLLECT_SEEDS, bool(frames), policy="play", task=t)
+        return episode
+
+RECIPES = {f"widowx/{t}": KitchenMix(demos={"play": 0, "block-in-pot": 56}.get(t, 34)) for t in TASKS} | {"widowx/kitchen": KitchenAll()}

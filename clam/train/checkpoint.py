@@ -12,6 +12,7 @@ from ..config import IMAGE_MODELS, Config, config_from_dict
 from ..data.normalise import HAND, Normaliser, Pictures, normaliser_from_dict
 from ..data.splits import Splits, make_splits
 from ..data.store import EpisodeStore
+from ..models.act import ActPolicy, load_resnet
 from ..models.dynamo import FeaturePolicy
 from ..models.heads import ActionDecoder, BCPolicy, LatentPolicy
 from ..models.policies import ChunkPolicy, FlowPolicy
@@ -19,10 +20,11 @@ from ..models.lam import LAM, ActionIDM, IDMPolicy, build_lam
 from .loop import Callback, ProgressBar, TrainState, run_loop
 
 # %% auto #0
-__all__ = ['save_tensors', 'load_tensors', 'load_weights', 'pack_rng', 'unpack_rng', 'config_diff', 'run_path', 'pictures_of',
-           'Run', 'save_state', 'load_state', 'Saver', 'MetricsFile', 'cut_metrics', 'train_stage', 'end_stage']
+__all__ = ['save_tensors', 'load_tensors', 'load_foreign', 'load_weights', 'pack_rng', 'unpack_rng', 'config_diff', 'run_path',
+           'pictures_of', 'Run', 'save_state', 'load_state', 'Saver', 'MetricsFile', 'cut_metrics', 'train_stage',
+           'end_stage']
 
-# %% ../../nbs/52_train.checkpoint.ipynb #c50ca461
+# %% ../../nbs/52_train.checkpoint.ipynb #a4f50591
 def save_tensors(path, tensors: dict[str, torch.Tensor]):
     "Write tensors atomically as safetensors."
     with atomic_file(path) as f: f.write(safetensors.torch.save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}))
@@ -32,6 +34,14 @@ def load_tensors(path) -> dict[str, torch.Tensor]:
     try: return safetensors.torch.load(Path(path).read_bytes())
     except FileNotFoundError: raise CheckpointError("weights are missing", fix="train this stage first", where=str(path)) from None
     except (OSError, safetensors.SafetensorError, ValueError, KeyError, RuntimeError) as e: raise CheckpointError("not a readable safetensors file", f"{type(e).__name__}: {e}", fix="restore it from a copy or train again", where=str(path)) from None
+
+def load_foreign(path) -> dict[str, torch.Tensor]:
+    "A state dict that others wrote, safetensors or torch's own format; what would execute code on loading is refused."
+    if Path(path).suffix == ".safetensors" or not Path(path).is_file(): return load_tensors(path)
+    try: found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e: raise CheckpointError("not readable as plain weights", f"{type(e).__name__}: {str(e).splitlines()[0][:120]}", "a state dict of tensors", "store it as safetensors", str(path)) from None
+    if not isinstance(found, dict) or not all(isinstance(v, torch.Tensor) for v in found.values()): raise CheckpointError("not a state dict", type(found).__name__, "{name: tensor}", where=str(path))
+    return found
 
 def load_weights(module: torch.nn.Module, path) -> torch.nn.Module:
     "Fill `module` from a file whose names and shapes must be its own; returns it in eval mode."
@@ -116,7 +126,7 @@ class _Record:
             with contextlib.suppress(ValueError): out.append(json.loads(l))
         return [m for m in out if stage in (None, m.get("stage"))]
 
-# %% ../../nbs/52_train.checkpoint.ipynb #1910a1b4
+# %% ../../nbs/52_train.checkpoint.ipynb #7426b94d
 class _Weights(_Record):
     "Finished weights. The manifest is written last, so what it lists is complete."
     def _files(self) -> dict: return read_json(self.path/"manifest.json", CheckpointError).get("files", {}) if (self.path/"manifest.json").exists() else {}
@@ -140,20 +150,26 @@ class _Weights(_Record):
     def new_lam(self) -> LAM: return build_lam(self.config.lam, self.observed)
     def new_decoder(self) -> ActionDecoder: return ActionDecoder(self.config.lam.latent_dim, self.spec.act_dim, self.config.decoder)
     def new_idm(self) -> ActionIDM: return ActionIDM(self.config.lam.window, self.observed, self.spec.act_dim, self.config.lam)
+    def fresh_policy(self) -> torch.nn.Module: # `new_policy` as training begins with it: with the ResNet's weights from a file, if `policy.weights` names one
+        policy, name = self.new_policy(), self.config.policy.weights
+        if name: load_resnet(policy.net[0].eyes, load_foreign(data_dir("weights", name)))
+        return policy
     def new_policy(self) -> LatentPolicy|IDMPolicy|BCPolicy|FeaturePolicy:
         obs, c, init = self.observed, self.config, self.config.stage2.policy_init
         if self.method == "dynamo": return FeaturePolicy(obs, self.spec.act_dim, c.policy)
+        if c.policy.image_encoder == "act" and self.reads == "frames": return ActPolicy(obs, c.lam.latent_dim if self.latent else self.spec.act_dim, c.policy, squash=not self.latent)
         if not self.latent: return BCPolicy(obs, self.spec.act_dim, c.policy)
         if c.stage2.chunk > 1: return ChunkPolicy(obs, c.lam.latent_dim, c.stage2.chunk, c.policy)
         if c.stage2.flow_steps: return FlowPolicy(obs, c.lam.latent_dim, c.stage2.flow_steps, c.policy)
         return LatentPolicy(obs, c.lam.latent_dim, c.policy) if init == "scratch" else IDMPolicy(self.new_lam().idm, obs, c.lam.latent_dim, c.lam, c.policy, init == "idm-frozen")
 
-# %% ../../nbs/52_train.checkpoint.ipynb #295b5a64
+# %% ../../nbs/52_train.checkpoint.ipynb #aae374d0
 def _scaling(view, cfg: Config) -> Normaliser: # of states
     if not cfg.standardise: return Normaliser.identity(view.spec.obs_dim)
     return Normaliser.fit(view.obs, history=view.spec.history if cfg.history_as_change else ())
 
 def _only_states(cfg: Config): # ConfigError for options that need pictures
+    if cfg.policy.image_encoder == "act": raise ConfigError("the policy of Appendix F reads pictures", got=f"policy.image_encoder act with model {cfg.lam.model}", fix=f"use model {' or '.join(IMAGE_MODELS)}")
     for name, v, d in (("lam.frame_stack", cfg.lam.frame_stack, 1), ("stage2.policy_init", cfg.stage2.policy_init, "scratch")):
         if v != d: raise ConfigError(f"{name} is for pictures", got=f"{v} with model {cfg.lam.model}", expected=d, fix=f"use model {' or '.join(IMAGE_MODELS)}")
 
@@ -165,6 +181,7 @@ def pictures_of(store, cfg: Config) -> Pictures|None:
     if cfg.stage2.flow_steps: raise ConfigError("stage2.flow_steps is for states", got=f"{cfg.stage2.flow_steps} with model {lam.model}", expected=0)
     if lam.hand_state and (cfg.stage1.reversal_weight or cfg.stage1.additivity_weight or cfg.stage1.horizon > 1): raise ConfigError("comparing distant frames is not possible beside the hand", got="hand_state=True", fix="leave lam.hand_state off, or horizon at 1 and reversal and additivity at 0")
     if lam.hand_state and cfg.stage2.policy_init != "scratch": raise ConfigError("a policy sees pictures, this inverse model also the hand", got=f"hand_state with policy_init {cfg.stage2.policy_init}", fix="use stage2.policy_init scratch, or leave lam.hand_state off")
+    if cfg.policy.image_encoder == "act" and (lam.frame_stack > 1 or cfg.stage2.chunk > 1 or cfg.stage2.policy_init != "scratch"): raise ConfigError("the policy of Appendix F sees one moment, has its own chunks and its own eyes", got=f"lam.frame_stack={lam.frame_stack}, stage2.chunk={cfg.stage2.chunk}, stage2.policy_init={cfg.stage2.policy_init}", fix="leave these at 1, 1 and scratch; policy.chunk is its chunk")
     make = f"`clam data make {store.name} --frames"
     if shape is None: raise DatasetError("dataset has no frames", "states only", "frames [R, Hh, Ww, C]", f"make it with {make}`, or use model mlp or transformer", store.name)
     if shape[0] != shape[1]: raise DatasetError("frames are not square", list(shape), "[side, side, C]", "crop them before importing", store.name)

@@ -16,12 +16,13 @@ from .relabel import relabel
 # %% auto #0
 __all__ = ['fit_policy', 'decoded_error', 'train_stage2']
 
-# %% ../../nbs/55_train.stage2.ipynb #82bd73c8
+# %% ../../nbs/55_train.stage2.ipynb #214fea3c
 def fit_policy(run: Run, stage: str, cfg: RegressionConfig, view, target, name: str, device="cpu", callbacks=(), loop=None, extra=None, prepare=None) -> bool:
-    "Fit the run's policy to `target [N, D]` from the current observation of each transition of `view`; `prepare(policy)` may fill in weights first. Hold the lock."
+    "Fit the run's policy to `target [N, D]` (with `policy.chunk` to those of the next steps too) from the current observation of each transition of `view`; `prepare(policy)` may fill in weights first. Hold the lock."
     data = WindowData(view.without_actions(), run.normaliser, 0, device)
+    if (k := run.config.policy.chunk) > 1: target = np.concatenate([chunked(e, k) for e in np.split(np.asarray(target), np.cumsum(view.lengths)[:-1])])
     target = torch.as_tensor(np.array(target, np.float32), device=device)
-    with seed_everything(sub_seed(run.config.seed, stage)): policy = run.new_policy().to(device)
+    with seed_everything(sub_seed(run.config.seed, stage)): policy = run.fresh_policy().to(device)
     if prepare: prepare(policy)
     if hasattr(policy, "fit_scale"): policy.fit_scale(target)
     pair = getattr(policy, "noisy", lambda obs, z: ((obs,), z)) # what is regressed on what; see 45_models.policies

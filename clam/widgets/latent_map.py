@@ -13,7 +13,7 @@ from PIL import Image
 from traitlets import Any, Unicode
 from ..core import ClamError, DatasetError, atomic_file, data_dir, digest, torch_threads
 from ..evaluate.inspection import Inspection, inspect_run
-from .base import BLANK, Job, Latest, Panel, captioned, guarded, picture, png_bytes, table_html, text
+from .base import BLANK, Job, Latest, Panel, Plot, captioned, guarded, picture, png_bytes, table_html, text
 from .plots import INK, PALETTE, Nothing, _numbers, _place, latent_map, message, style
 from .video import grid, mp4_bytes, overlay, video_html
 
@@ -245,7 +245,7 @@ def _ended(self, what: str): # the job's `status` or `text` has changed
 
 LatentMap.fit, LatentMap._fitted, LatentMap._ended = _fit, _fitted, _ended
 
-# %% ../../nbs/84_widgets.latent_map.ipynb #006e239b
+# %% ../../nbs/84_widgets.latent_map.ipynb #30d7a62a
 def colouring(v, name: str) -> dict: # marker settings for values [n], numbers or words
     v = np.asarray(v); bar = dict(title=dict(text=name, side="right"), thickness=12, outlinewidth=0, tickvals=None, ticktext=None, tickmode="auto")
     if v.dtype.kind in "fiu": m = _numbers(v); return m | dict(color=v.astype(np.float32), colorscale="Cividis" if m["colorscale"] == "Viridis" else m["colorscale"], colorbar=bar)
@@ -257,10 +257,10 @@ def colouring(v, name: str) -> dict: # marker settings for values [n], numbers o
 
 MARKS = {name: dict(symbol=f"{symbol}-open", size=size, color=c, line=dict(width=w)) for name, symbol, size, c, w in (("nearest in z", "diamond", 11, PALETTE[5], 2), ("pinned", "square", 13, PALETTE[2], 3), ("focus", "circle", 17, PALETTE[5], 3))}
 
-def _figure(self) -> go.FigureWidget:
+def _figure(self) -> Plot:
     S, n, ins = (go.Scattergl if len(self.keep) > 3000 else go.Scatter), len(self.keep), self.inspection; xy = self.xy[self.drawn]
     points = S(x=xy[:, 0], y=xy[:, 1], mode="markers", name="transitions", showlegend=False, customdata=np.c_[ins.episode, ins.t][self.keep].astype(np.int32), marker=dict(size=4 if n > 800 else 6, opacity=.8), unselected=dict(marker=dict(opacity=.15)), selected=dict(marker=dict(opacity=.9)))
-    fig = go.FigureWidget(style(go.Figure([points, *(S(x=[], y=[], mode="markers", name=k, marker=m, hoverinfo="skip") for k, m in MARKS.items())]), "", *self.axes[self.drawn], 440))
+    fig = Plot(style(go.Figure([points, *(S(x=[], y=[], mode="markers", name=k, marker=m, hoverinfo="skip") for k, m in MARKS.items())]), "", *self.axes[self.drawn], 440))
     fig._config = {**fig._config, "displaylogo": False}; fig.update_layout(width=620, dragmode="lasso", legend=dict(orientation="h", x=0, y=1.01, yanchor="bottom", font=dict(size=11)), margin=dict(l=56, r=8, t=30, b=44), hovermode="closest", modebar=dict(color=INK))
     self.groups = {k: [] for k in MARKS}
     for i, trace in enumerate(fig.data): trace.on_click(lambda t, p, s, of=list(MARKS)[i-1] if i else "": self.clicked(p.point_inds, of))

@@ -1,18 +1,35 @@
-"""One JupyterLab and one Chromium for all browser tests, a small trained toy run in its data folder, and the reason when there is no browser."""
+"""One JupyterLab and one Chromium for all browser tests, a small trained toy run in its data folder, and the reason when there is no
+browser. A test whose page hangs loses its browser (`lab.PATIENCE_S`), is tried once more in a fresh one, and named at the end."""
 import os
 from pathlib import Path
 import pytest
+from _pytest.runner import runtestprotocol
 import lab as driver
+
+def ours(item) -> bool: return Path(item.fspath).parent == Path(__file__).parent
 
 def pytest_collection_modifyitems(items):
     "They come last: while Playwright is open, a loop runs in this process, and `asyncio.run` of other tests would refuse."
-    why = driver.missing(); ours = lambda i: Path(i.fspath).parent == Path(__file__).parent; items.sort(key=ours)
+    why = driver.missing(); items.sort(key=ours)
     for i in filter(ours, items):
         i.add_marker(pytest.mark.browser)
         if why: i.add_marker(pytest.mark.skip(reason=f"browser tests are skipped: {why}"))
 
-def pytest_terminal_summary(terminalreporter):
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item, nextitem):
+    if not ours(item): return None
+    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+    for last in (False, True):
+        before = len(driver.ENDED); reports = runtestprotocol(item, log=False, nextitem=nextitem); said = driver.ENDED[before:]
+        for s in said: item.user_properties.append(("browser", f"{item.nodeid}: {s}, {'a second time' if last else 'the test was tried once more'}"))
+        if last or not said: break
+    for r in reports: r.user_properties = list(item.user_properties); item.ihook.pytest_runtest_logreport(report=r)
+    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    return True
+
+def pytest_terminal_summary(terminalreporter): # notes travel with the reports, so that they arrive from the workers of pytest-xdist too
     if driver.missing() and terminalreporter.stats.get("skipped"): terminalreporter.write_line(f"note: browser tests were skipped: {driver.missing()}")
+    for note in dict.fromkeys(v for reports in terminalreporter.stats.values() for r in reports for k, v in getattr(r, "user_properties", ()) if k == "browser"): terminalreporter.write_line(f"note: {note}")
 
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory):
@@ -28,7 +45,7 @@ def book(lab, request): # `book(cells)`: a notebook of these cells, opened; no t
         return b
     yield make
     said = [e for b in opened for e in b.errors]
-    for b in opened: b.close()
+    for b in lab.books[:]: b.close()                 # one that failed to open, too
     assert not said, said
 
 @pytest.fixture(scope="session")

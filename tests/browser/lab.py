@@ -1,8 +1,9 @@
 """A real JupyterLab in a real Chromium, driven as a user would: open a notebook, run it, hover, click, drag, press keys, look.
 
 One server and one browser for all tests, one page for each notebook. What only the page knows (where a point of a plot lies on the
-screen) is asked from plotly; what only the kernel knows is asked from the kernel, beside the browser."""
-import contextlib, importlib.util, json, os, re, shutil, socket, subprocess, sys, time, urllib.request
+screen) is asked from plotly; what only the kernel knows is asked from the kernel, beside the browser. A page that spins answers
+nothing, and some questions to it have no time limit: a thread ends the browser when pages stay open for too long."""
+import contextlib, importlib.util, json, os, re, shutil, socket, subprocess, sys, threading, time, urllib.request
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -10,6 +11,8 @@ PICTURES = ROOT/".browser"                       # screenshots and the benchmark
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 WIDE = (1280, 800)                               # a 13-inch screen
 DONE = "everything has run"                      # what the last cell of a test's notebook prints
+PATIENCE_S, MERCY_S = 180., 30.                  # how long the pages of one test may be open, up to three times that on a crowded machine; what Playwright's driver gets on top
+ENDED = []                                       # what the watchdog has done, in sentences
 
 def chromium() -> str|None: return next((p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), None)
 def missing() -> str|None:
@@ -38,10 +41,22 @@ def notebook(cells): # sources, or the path of a notebook to copy -> a notebook 
     nb.cells.append(v4.new_code_cell(f"print({DONE!r})"))
     return nb
 
+def family(name: str) -> list: # processes that this one has started, directly or not, and whose name begins so
+    import psutil
+    out = []
+    for p in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if p.name().startswith(name): out.append(p)
+    return out
+
+def end(name: str): # the family members of this name, at once
+    import psutil
+    for p in family(name):
+        with contextlib.suppress(psutil.Error): p.kill()
+
 class Lab:
     "The server, its folder of notebooks, its folder of data, and the browser."
     def __init__(self, folder, **env):
-        from playwright.sync_api import sync_playwright
         self.folder, self.root, self.data, self.token, self.books = Path(folder), Path(folder)/"notebooks", Path(folder)/"data", "clam", []
         dirs = {n: self.folder/n.lower() for n in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR", "IPYTHONDIR", "CLAM_DATA")} | {"CLAM_DATA": self.data}
         for d in (self.root, *dirs.values()): d.mkdir(parents=True, exist_ok=True)
@@ -54,8 +69,18 @@ class Lab:
             "--allow-root", f"--ServerApp.root_dir={self.root}", "--LabApp.news_url="], env=env, stdout=self.log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
         until(lambda: self.server.poll() is not None or self._alive(), 120, "JupyterLab did not start", .2)
         assert self.server.poll() is None, (self.folder/"server.log").read_text()[-3000:]
-        self.playwright = sync_playwright().start()
-        self.browser = self.playwright.chromium.launch(executable_path=chromium(), headless=True, args=FLAGS)
+        self.playwright = self.browser = self.since = None; self.patience, self.over = PATIENCE_S, threading.Event(); self.start(); threading.Thread(target=self._watch, daemon=True).start()
+    def start(self): # a browser, and Playwright's driver; again where the watchdog has ended them
+        from playwright.sync_api import sync_playwright
+        with contextlib.suppress(Exception): self.playwright and self.playwright.stop()
+        self.playwright = sync_playwright().start(); self.browser = self.playwright.chromium.launch(executable_path=chromium(), headless=True, args=FLAGS)
+    def limit(self) -> float: return self.patience*min(3., max(1., os.getloadavg()[0]/(3*os.cpu_count()))) # a page that spins and its driver are two, waiting for other work is not hanging
+    def _watch(self): # the watchdog: first Chromium goes, then the driver if it is still buried in what a page has sent
+        gone = 0
+        while not self.over.wait(.5):
+            if (since := self.since) is None: gone = 0; continue
+            if gone == 0 and time.monotonic()-since > (most := self.limit()): gone = 1; ENDED.append(f"{', '.join(b.name for b in self.books)} took more than {most:.0f} s: Chromium was ended"); end("chrom")
+            elif gone == 1 and time.monotonic()-since > most+MERCY_S: gone = 2; end("node")
     def _alive(self) -> bool:
         with contextlib.suppress(OSError): return self.rest("GET", "status") is not None
         return False
@@ -71,13 +96,16 @@ class Lab:
         if first: nb.cells.insert(0, nbformat.v4.new_code_cell(first))
         nbformat.write(nb, self.root/name)
         return name
-    def open(self, name: str, theme: str="light", size=WIDE, sidebar: bool=False) -> "Book":
+    def open(self, name: str, theme: str="light", size=WIDE, sidebar: bool=False, patience: float=PATIENCE_S) -> "Book":
+        if not self.browser.is_connected(): self.start()
+        if not self.books: self.since, self.patience = time.monotonic(), patience
         self.set("@jupyterlab/apputils-extension/themes", theme=f"JupyterLab {theme.title()}", **{"adaptive-theme": False})
-        book = Book(self, name, size, sidebar); self.books.append(book)
-        return book
+        return Book(self, name, size, sidebar)
     def close(self):
         for b in self.books[:]: b.close()
-        self.browser.close(); self.playwright.stop(); self.server.terminate()
+        self.over.set()
+        with contextlib.suppress(Exception): self.browser.close(); self.playwright.stop()
+        self.server.terminate()
         try: self.server.wait(20)
         except subprocess.TimeoutExpired: self.server.kill()
         self.log.close()
@@ -94,7 +122,7 @@ LONELY = """trace => { const t = gd._fullData[trace], L = gd._fullLayout, X = L.
 class Book:
     "One notebook in one page."
     def __init__(self, lab: Lab, name: str, size, sidebar: bool):
-        self.lab, self.name, self.errors, self.console = lab, name, [], []
+        self.lab, self.name, self.errors, self.console = lab, name, [], []; lab.books.append(self)
         self.session = lab.rest("POST", "sessions", {"path": name, "name": name, "type": "notebook", "kernel": {"name": "python3"}})   # else Run All can come before the kernel is connected, and is lost
         self.kernel = self.session["kernel"]["id"]
         self.context = lab.browser.new_context(viewport={"width": size[0], "height": size[1]}, accept_downloads=False)
@@ -192,5 +220,6 @@ class Book:
         return path
     def close(self):
         if self in self.lab.books:
-            self.lab.books.remove(self); self.context.close()
-            with contextlib.suppress(OSError): self.lab.rest("DELETE", f"sessions/{self.session['id']}")
+            with contextlib.suppress(Exception): self.context.close()      # the browser may be gone
+            self.lab.books.remove(self); self.lab.since = self.lab.since if self.lab.books else None
+            with contextlib.suppress(OSError, AttributeError): self.lab.rest("DELETE", f"sessions/{self.session['id']}")
