@@ -31,6 +31,7 @@ class SafetyConfig:
     joint_step_rad: float = .3       # of any joint in one step
     lag_rad: float = .15             # how far the commanded target may run ahead of the measured joint
     stale_s: float = .2              # age of a reading that still may be acted on
+    back_first: bool = True          # a hand outside the box, as a real arm overshoots, comes back before it does anything else
     inset_m: float = .002            # targets stay this far inside the box, because the way between two of them bulges
     @property
     def inner(self) -> Box: return Box(tuple(np.add(self.box.low, self.inset_m)), tuple(np.subtract(self.box.high, self.inset_m))) # where targets may be
@@ -76,7 +77,7 @@ def _clipped_delta(cfg: SafetyConfig, d, dt_s: float): # request -> (shift [3], 
 
 # %% ../../nbs/72_robot.safety.ipynb #0dc49e75
 def _wanted(cfg: SafetyConfig, a, anchor, dt_s: float): # (joint target [6], reasons); the anchor itself when there is no inverse
-    pose = forward_chain(anchor); p0 = pose[:3, 3]; out = cfg.box.distance(p0)
+    pose = forward_chain(anchor); p0 = pose[:3, 3]; out = cfg.box.distance(p0) if cfg.back_first else 0.
     if cfg.space == "joint_abs" and out < 1e-9: return a[:6], []
     if out >= 1e-9: shift, turn, reasons = np.zeros(3), np.zeros(3), [f"box: the hand is {out*1000:.1f} mm outside; back first"]      # a real arm overshoots
     else: shift, turn, reasons = _clipped_delta(cfg, a[:6], dt_s)
