@@ -34,7 +34,7 @@ def refused(result, *words): # one line, exit code 2
     for w in words: assert w in err, f"{w!r} not in {err!r}"
 
 # ---------------------------------------------------------------- help and parsing
-COMMANDS = [["data", "list"], ["data", "info"], ["data", "check"], ["data", "card"], ["data", "make"], ["params"], ["demo"], ["train"], ["policy"], ["baseline"], ["eval"], ["health"], ["ladder"], ["table"], ["bench"], ["lab"], ["robot", "check"], ["robot", "demo"], ["robot", "serve-sim"]]
+COMMANDS = [["data", "list"], ["data", "info"], ["data", "check"], ["data", "card"], ["data", "make"], ["params"], ["demo"], ["train"], ["policy"], ["baseline"], ["eval"], ["health"], ["ladder"], ["table"], ["bench"], ["lab"], ["robot", "check"], ["robot", "demo"], ["robot", "bench"], ["robot", "serve-sim"]]
 
 def test_help_is_fast_and_exits_with_0():
     done = program("--help")
@@ -79,6 +79,12 @@ def test_a_fault_of_ours_is_one_line_and_1(clam, tmp_path, monkeypatch):
     monkeypatch.setattr(store, "open_dataset", broken)
     code, _, err = clam("data", "info", "toy", data=tmp_path)
     assert code == 1 and err.count("\n") == 1 and "ZeroDivisionError: oops" in err and "--debug" in err
+
+def test_a_full_disk_is_no_fault_of_ours(clam, tmp_path, monkeypatch):
+    import clam.data.store as store
+    def full(*a): raise OSError(28, "No space left on device", "obs.npy")
+    monkeypatch.setattr(store, "open_dataset", full)
+    refused(clam("data", "info", "toy", data=tmp_path), "obs.npy: No space left on device", "make room")
 
 def test_an_interruption_is_130(clam, tmp_path, monkeypatch):
     import clam.data.store as store

@@ -51,7 +51,7 @@ def test_a_mistake_is_one_line_that_says_what_to_do_and_harms_nothing(made, mist
 def start_demo(d, *more): # in a process group of its own, as a terminal starts it
     return subprocess.Popen([sys.executable, "-m", "clam", "demo", "--data", "toy", "--preset", "tiny", "--episodes", "60", "--dir", str(d), "--workers", "2", "--json", *more], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
-def until(fn, what, seconds=240.):
+def until(fn, what, seconds=600.):
     end = time.monotonic()+seconds
     while not (v := fn()):
         assert time.monotonic() < end, what
@@ -71,11 +71,11 @@ def test_a_demo_goes_on_from_the_last_finished_stage(tmp_path):
     d = tmp_path/"demo"; data = d/"episodes"/"toy"; lam = d/"runs"/"clam"/"lam.safetensors"; p = start_demo(d)
     try:
         until(lambda: list((d/"runs").glob("*/metrics.jsonl")), "no training began"); os.killpg(p.pid, signal.SIGINT)          # Ctrl-C reaches all of them
-        _, err = p.communicate(timeout=120); assert p.returncode == 130 and "go on" in err and "Traceback" not in err, err
+        _, err = p.communicate(timeout=300); assert p.returncode == 130 and "go on" in err and "Traceback" not in err, err
         assert not group(p); kept = tree(data); assert "manifest.json" in kept and not (d/"report.html").exists()
         p = start_demo(d); until(lambda: lam.exists() or p.poll() is not None, "Stage 1 does not end"); first = lam.stat().st_mtime_ns, lam.read_bytes()
-        os.kill(p.pid, signal.SIGKILL); p.wait(30); until(lambda: not group(p), "workers outlive their parent", 60); p.stdout.close(); p.stderr.close()
-        p = start_demo(d); out, err = p.communicate(timeout=280); assert p.returncode == 0, err
+        os.kill(p.pid, signal.SIGKILL); p.wait(30); until(lambda: not group(p), "workers outlive their parent", 120); p.stdout.close(); p.stderr.close()
+        p = start_demo(d); out, err = p.communicate(timeout=600); assert p.returncode == 0, err
     finally:
         for k in group(p): os.kill(k, signal.SIGKILL)
     said = json.loads(out.splitlines()[-1]); assert set(said["success"]) == {"clam", "vpt", "bc-expert", "bc-al"} and "collecting" not in out and Path(said["report"]).is_file()
@@ -100,7 +100,7 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch, capsys)
         return capsys.readouterr().err
     assert work() == ""                                     # shorter than half a minute: silence
     monkeypatch.setattr(core, "LINE_S", .1); said = work(); lines = said.splitlines()
-    assert 2 <= len(lines) <= 5 and "\r" not in said and all(l.startswith("demo: ") and "/40, " in l and "gone" in l and "loss=" in l for l in lines), said
+    assert 2 <= len(lines) <= 5 and "\r" not in said and all(l.startswith("demo: ") and "/40, " in l and "gone" in l and ("loss=" in l or "step " in l) for l in lines), said
     monkeypatch.setenv("CLAM_QUIET", "1"); assert work() == ""
 
 def test_an_orphaned_worker_ends(tmp_path):
@@ -108,6 +108,6 @@ def test_an_orphaned_worker_ends(tmp_path):
     (tmp_path/"parent.py").write_text(code); p = subprocess.Popen([sys.executable, tmp_path/"parent.py"], stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     worker = int(p.stdout.readline()); p.kill(); p.wait(); p.stdout.close()
     alive = lambda: Path(f"/proc/{worker}/stat").exists() and Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    try: until(lambda: not alive(), "the worker outlives its parent", 60)
+    try: until(lambda: not alive(), "the worker outlives its parent", 120)
     finally:
         if alive(): os.kill(worker, signal.SIGKILL)

@@ -62,7 +62,7 @@ def drive(safe, n, seed, space, sent_by=None): # commands that broke a limit, ki
 
 @pytest.mark.slow
 def test_hostile_actions_break_no_limit_in_either_space():
-    for space, n, seed in (("ee_delta", 3000, 11), ("joint_abs", 3000, 12)):
+    for space, n, seed in (("ee_delta", 500, 11), ("joint_abs", 3000, 12)):     # ten thousand displacements: see test_robot_backends
         broken, kinds, moved = drive(SafeArm(FreeArm(POSES["neutral"], dt_s=.05), SafetyConfig(space=space)), n, seed, space)
         assert not broken, broken[:3]
         assert {"finite", "shape", "box"} <= set(kinds) and moved.std(0).min() > .03              # it was really pushed around

@@ -10,17 +10,17 @@ from clam.data.lerobot import write_lerobot
 from clam.data.store import EpisodeStore
 from clam.robot.base import LIMITS_RAD, POSES, LiveCamera
 from clam.robot.bridge import BridgeArm, BridgeStub
-from clam.robot.kinematics import FreeArm, forward_chain
+from clam.robot.kinematics import DOWN, FreeArm, forward_chain, inverse, make_pose
 from clam.robot.kitchen import Kitchen
 from clam.robot.recorder import RobotRecorder, from_unit, replay
 from clam.robot.runner import PolicyRunner
-from clam.robot.safety import Lease, SafeArm, SafetyConfig, deadman, hostile_actions, violations
+from clam.robot.safety import Lease, SafeArm, SafetyConfig, SafetyFilter, deadman, hostile_actions, violations
 from clam.robot.sim import SimArm, expert, observe
 
 DT = .02        # fifty requests a second: each is short, so that ten thousand are not long
 
 class Told: # what a backend was really told, beside what the filter says it sent
-    def __init__(self, cfg): self.cfg, self.broken, self.n, self.pose = cfg, [], 0, None
+    def __init__(self, cfg): self.cfg, self.broken, self.n, self.pose, self.back = cfg, [], 0, None, 0
     def hand(self, pose): # a hand pose that arrived
         self.n += 1; self.pose = pose
         if not np.isfinite(pose).all() or not self.cfg.box.contains(pose[:3, 3], 1e-3): self.broken.append(f"told outside: {pose[:3, 3]}")
@@ -35,12 +35,14 @@ def attack(safe, n, seed, told): # what broke, which rules spoke, where the hand
     for a in hostile_actions(n, seed, safe.filter.cfg.space):
         before = None if safe.last is None or safe.last.hold else safe.last.q_target_rad
         sent = safe.step(a, DT); kinds |= set(sent.kinds); start = sent.anchor_rad if before is None or "lag" in sent.kinds else before
-        told.step(sent, start); broken += violations(sent, safe.filter.cfg, start, DT); hands.append(safe.log[-1].state.ee[:3, 3])
+        told.step(sent, start); v, far = violations(sent, safe.filter.cfg, start, DT), safe.filter.cfg.box.distance
+        if v and v[0].startswith("box") and len(v) == 1 and far(sent.ee[:3, 3]) < far(forward_chain(start)[:3, 3]): told.back += 1; v = []      # it had overshot, and 20 ms are too short to come back in one step
+        broken += v; hands.append(safe.log[-1].state.ee[:3, 3])
     return broken, kinds, np.array(hands)
 
 def sound(broken, kinds, hands, told, box):
-    assert not broken and not told.broken, (broken[:3], told.broken[:3]); assert {"finite", "shape", "clip", "speed", "box"} <= kinds and told.n > 1000
-    assert hands.std(0).min() > .02 and max(box.distance(p) for p in hands) < .015, "it was pushed around, and the arm itself stayed inside"
+    assert not broken and not told.broken, (broken[:3], told.broken[:3]); assert {"finite", "shape", "clip", "speed", "box"} <= kinds and told.n > 1000 and told.back < 10
+    assert hands.std(0).min() > .012 and max(box.distance(p) for p in hands) < .015, "it was pushed around, and the arm itself stayed inside"
 
 @pytest.mark.slow
 def test_ten_thousand_hostile_actions_in_the_simulation():
@@ -60,6 +62,12 @@ def test_ten_thousand_hostile_actions_over_the_bridge():
             return ask(m, *a)
         arm.client._ask = listen; sound(*attack(safe, 10_000, 41, told), told, safe.filter.cfg.box)
         assert ((sim.kitchen.targets >= LIMITS_RAD[:, 0]) & (sim.kitchen.targets <= LIMITS_RAD[:, 1])).all()
+
+@pytest.mark.parametrize("space", ["ee_delta", "joint_abs"])
+def test_a_hand_outside_the_box_goes_back_before_anything_else(space): # a real arm overshoots; a sideways request must not spend the way back
+    f = SafetyFilter(SafetyConfig(space=space)); b = f.cfg.box; arm = FreeArm(inverse(make_pose(DOWN, (.25, b.low[1]-.004, .15)), restarts=10).q_rad); s = arm.read(); assert not b.contains(s.ee[:3, 3])
+    for a in ([.05, -.05, 0, .2, 0, 0, 1], [0]*7) if space == "ee_delta" else (np.r_[s.q_rad+[-.1, .1, 0, 0, 0, 0], 1.], np.r_[s.q_rad, 1.]):
+        sent = f(a, s, dt_s=DT); assert not sent.hold and b.contains(sent.ee[:3, 3]) and sent.kinds[0] == "box" and not violations(sent, f.cfg, s.q_rad, DT), sent
 
 # ---------------------------------------------------------------- replay
 def test_a_recording_replays_on_every_backend_and_through_lerobot(tmp_path):

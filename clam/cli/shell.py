@@ -4,7 +4,7 @@
 
 # %% ../../nbs/90_cli.shell.ipynb #ac730bf8
 from __future__ import annotations
-import contextlib, dataclasses, io, math, os, re, sys, traceback, warnings
+import contextlib, dataclasses, errno, io, math, os, re, sys, traceback, warnings
 from pathlib import Path
 from typing import Annotated, Union, get_args
 import tyro
@@ -93,4 +93,6 @@ def main(argv=None) -> int:
     except BrokenPipeError: # the reader of stdout went away, as in `clam data list | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()); return 0
     except PermissionError as e: return _failed(f"{e.filename}: may not be written; choose another folder", 2, debug)
-    except Exception as e: return _failed(f"{type(e).__name__}: {e}; this is our fault, not yours: --debug shows where it happened", 1, debug)
+    except Exception as e:
+        if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS): return _failed(f"{e.filename or 'writing failed'}: {e.strerror}; make room or choose another folder", 2, debug)
+        return _failed(f"{type(e).__name__}: {e}; this is our fault, not yours: --debug shows where it happened", 1, debug)

@@ -31,6 +31,7 @@ class SafetyConfig:
     joint_step_rad: float = .3       # of any joint in one step
     lag_rad: float = .15             # how far the commanded target may run ahead of the measured joint
     stale_s: float = .2              # age of a reading that still may be acted on
+    back_first: bool = True          # a hand outside the box, as a real arm overshoots, comes back before it does anything else
     inset_m: float = .002            # targets stay this far inside the box, because the way between two of them bulges
     @property
     def inner(self) -> Box: return Box(tuple(np.add(self.box.low, self.inset_m)), tuple(np.subtract(self.box.high, self.inset_m))) # where targets may be
@@ -76,11 +77,12 @@ def _clipped_delta(cfg: SafetyConfig, d, dt_s: float): # request -> (shift [3], 
 
 # %% ../../nbs/72_robot.safety.ipynb #0dc49e75
 def _wanted(cfg: SafetyConfig, a, anchor, dt_s: float): # (joint target [6], reasons); the anchor itself when there is no inverse
-    if cfg.space == "joint_abs": return a[:6], []
-    pose = forward_chain(anchor); p0 = pose[:3, 3]
-    shift, turn, reasons = _clipped_delta(cfg, a[:6], dt_s)
+    pose = forward_chain(anchor); p0 = pose[:3, 3]; out = cfg.box.distance(p0) if cfg.back_first else 0.
+    if cfg.space == "joint_abs" and out < 1e-9: return a[:6], []
+    if out >= 1e-9: shift, turn, reasons = np.zeros(3), np.zeros(3), [f"box: the hand is {out*1000:.1f} mm outside; back first"]      # a real arm overshoots
+    else: shift, turn, reasons = _clipped_delta(cfg, a[:6], dt_s)
     p = cfg.inner.clip(p0+shift)
-    if (p != p0+shift).any(): i = int(np.abs(p-p0-shift).argmax()); reasons.append(f"box: {'xyz'[i]} {p0[i]+shift[i]:.3f} -> {p[i]:.3f} m")
+    if out < 1e-9 and (p != p0+shift).any(): i = int(np.abs(p-p0-shift).argmax()); reasons.append(f"box: {'xyz'[i]} {p0[i]+shift[i]:.3f} -> {p[i]:.3f} m")
     r = float(np.hypot(*p[:2]))
     if r < cfg.keep_out_m: p[:2] *= cfg.keep_out_m/max(r, 1e-9) if r > 1e-6 else 0; reasons.append(f"keep-out: {r:.3f} m from the base's axis")
     p = p0+_shorten(p-p0, cfg.speed_m_s*dt_s)[0]               # coming back into the box is not faster than anything else
@@ -97,7 +99,7 @@ def _fits(cfg, q, anchor, pose, before, dt_s) -> str: # the first place or speed
     for name, x, x0 in zip(_PLACES, _outside(cfg, q, f), before):
         if x > max(1e-8, x0*(1-1e-3)): return name
     step = f[3]-pose[:3, 3]; turn = log_so3(R @ pose[:3, :3].T)
-    if step @ step > (cfg.speed_m_s*dt_s)**2*(1+1e-6)+1e-16 or turn @ turn > (cfg.turn_rad_s*dt_s)**2*(1+1e-6)+1e-16: return "speed"
+    if step @ step > (cfg.speed_m_s*dt_s+1e-7)**2 or turn @ turn > (cfg.turn_rad_s*dt_s+1e-7)**2: return "speed"      # the inverse is good to 1e-8
     return "tilt" if _tilt(R) > max(cfg.tilt_rad, _tilt(pose[:3, :3]))+1e-6 else ""
 
 def _last_word(cfg: SafetyConfig, want, anchor, dt_s: float): # (joint target [6], reasons)

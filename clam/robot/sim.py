@@ -111,7 +111,7 @@ class WidowXEnv(BaseEnv):
         if task not in TASKS: raise EnvError("unknown kitchen task", got=repr(task), expected=f"one of {', '.join(TASKS)}")
         if camera not in (*CAMERAS, "both"): raise EnvError("unknown camera", got=repr(camera), expected=f"one of {', '.join(CAMERAS)}, both")
         self.task, self.camera, self.render_size = task, camera, render_size
-        self.kitchen, self.filter = Kitchen(0, task), SafetyFilter(SafetyConfig())
+        self.kitchen, self.filter = Kitchen(0, task), SafetyFilter(SafetyConfig(back_first=False))      # the filter that the datasets were made with
         self.arm, self._last = SimArm(self.kitchen), None
         self.spec = Spec(f"widowx/{task}", obs_dim=OBS_DIM, act_dim=ACT_DIM, frame_shape=(render_size, render_size*(1+(camera == "both")), 3), max_steps=max_steps, control_dt_s=PERIOD_S, return_range=(0., 1.))
     def _reset(self, seed):
