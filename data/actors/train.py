@@ -1,8 +1,7 @@
 """Train the agents whose snapshots lie beside this file; hours on one core, resumable. Needs an environment of its own:
 
     python -m venv sac && sac/bin/pip install sbx-rl==0.28.0 gymnasium mujoco==3.3.0 dm_control==1.0.28 imageio packaging
-    sac/bin/python data/actors/train.py HalfCheetah-v5 --out raw            # or Hopper-v5, cheetah-run
-    sac/bin/python data/actors/train.py hopper-hop --repeat 2 --layer-norm --batch 128 --height .2 --updates .25 --out raw     # who lies on the floor gets nothing: training is paid to rise
+    sac/bin/python data/actors/train.py HalfCheetah-v5 --out raw            # or Hopper-v5, cheetah-run; hopper-hop: imitate.py
     .venv/bin/python -c "from clam.collect.actors import pack_actors; pack_actors('raw/HalfCheetah-v5', 'HalfCheetah-v5', 'mujoco/HalfCheetah-v5', medium=4800.)"
 """
 import argparse, importlib.metadata, json, os, platform, time
@@ -14,8 +13,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 class Suite(gym.Env):
     "A dm_control task; observations side by side in sorted order of their names, as `clam.envs.dmc.flatten` has them."
-    def __init__(self, task, repeat=1, height=0.):
-        self.repeat, self.height = repeat, height
+    def __init__(self, task):
         from dm_control import suite
         self.env = suite.load(*task.split("-"), task_kwargs={"random": 0}); limits = self.env.action_spec(); o = self._flat(self.env.reset())
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, o.shape, np.float32)
@@ -24,21 +22,16 @@ class Suite(gym.Env):
     def reset(self, *, seed=None, options=None):
         if seed is not None: self.env.task._random = np.random.RandomState(seed)
         return self._flat(self.env.reset()), {}
-    def step(self, a): # the action is held for `repeat` steps; `height` is paid on top for a torso .6 m above the foot, less below
-        total = 0.
-        for _ in range(self.repeat):
-            s = self.env.step(a); total += float(s.reward)+(self.height*float(np.clip(self.env.physics.height()/.6, 0, 1)) if self.height else 0.)
-            if s.last(): break
-        return self._flat(s), total, False, s.last(), {}
+    def step(self, a): s = self.env.step(a); return self._flat(s), float(s.reward), False, s.last(), {}
 
-def make(task, **kw): return gym.make(task) if "-v" in task else Suite(task, **kw)
+def make(task): return gym.make(task) if "-v" in task else Suite(task)
 
 def weights(model) -> dict: # flax's own names
     return {"/".join(str(k.key) for k in path): np.asarray(v) for path, v in jax.tree_util.tree_leaves_with_path(model.policy.actor_state.params)}
 
 class Keep(BaseCallback):
-    "Every `every` decisions: five episodes without noise, without held actions, scored by the task alone, a line in the curve, the actor's weights; every fifth time all that a restart needs. Steps are the environment's."
-    def __init__(self, out, task, every, repeat): super().__init__(); self.out, self.every, self.env, self.repeat, self.cpu = out, every, make(task), repeat, time.process_time()
+    "Every `every` steps: five episodes without noise, a line in the curve, the actor's weights; every fifth time all that a restart needs."
+    def __init__(self, out, task, every): super().__init__(); self.out, self.every, self.env, self.cpu = out, every, make(task), time.process_time()
     def score(self) -> list[float]:
         out = []
         for i in range(5):
@@ -47,25 +40,23 @@ class Keep(BaseCallback):
             out.append(total)
         return out
     def _on_step(self) -> bool:
-        n, due = self.num_timesteps*self.repeat, self.num_timesteps % self.every == 0
-        if due:
+        n = self.num_timesteps
+        if n % self.every == 0:
             R = self.score(); np.savez(self.out/"new.npz", **weights(self.model)); (self.out/"new.npz").rename(self.out/f"actor-{n:07d}.npz")
             with open(self.out/"curve.jsonl", "a") as f: f.write(json.dumps({"step": n, "mean": float(np.mean(R)), "returns": R, "cpu_s": round(time.process_time()-self.cpu)})+"\n")
             print(self.out.name, n, round(float(np.mean(R)), 1), flush=True)
-        if due and self.num_timesteps % (5*self.every) == 0:
+        if n % (5*self.every) == 0:
             self.model.save(self.out/"new.zip"); self.model.save_replay_buffer(self.out/"new.pkl"); (self.out/"new.zip").rename(self.out/"model.zip"); (self.out/"new.pkl").rename(self.out/"buffer.pkl")
         return True
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("task"); p.add_argument("--steps", type=int, default=1_000_000); p.add_argument("--seed", type=int, default=0); p.add_argument("--out", default="raw")
-    p.add_argument("--repeat", type=int, default=1, help="steps that training holds an action for (dm_control only); the snapshots decide at every step"); p.add_argument("--layer-norm", action="store_true", help="in the critics")
-    p.add_argument("--batch", type=int, default=256); p.add_argument("--updates", type=float, default=1., help="for each decision"); p.add_argument("--height", type=float, default=0., help="hopper only: reward a step, in training alone, for a raised torso"); a = p.parse_args()
-    out = Path(a.out)/a.task; out.mkdir(parents=True, exist_ok=True); env = make(a.task, repeat=a.repeat, height=a.height)
-    settings = dict(learning_rate=3e-4, buffer_size=500_000, learning_starts=5_000, batch_size=a.batch, train_freq=round(32/a.updates), gradient_steps=32, gamma=.99)
+    p.add_argument("task"); p.add_argument("--steps", type=int, default=1_000_000); p.add_argument("--seed", type=int, default=0); p.add_argument("--out", default="raw"); a = p.parse_args()
+    out = Path(a.out)/a.task; out.mkdir(parents=True, exist_ok=True); env = make(a.task)
+    settings = dict(learning_rate=3e-4, buffer_size=500_000, learning_starts=5_000, batch_size=256, train_freq=32, gradient_steps=32, gamma=.99)
     if (out/"model.zip").exists(): model = SAC.load(out/"model.zip", env=env); model.load_replay_buffer(out/"buffer.pkl")
     else:
-        model = SAC("MlpPolicy", env, policy_kwargs=dict(net_arch=[256, 256], layer_norm=a.layer_norm), seed=a.seed, **settings); np.savez(out/"actor-0000000.npz", **weights(model))
+        model = SAC("MlpPolicy", env, policy_kwargs=dict(net_arch=[256, 256]), seed=a.seed, **settings); np.savez(out/"actor-0000000.npz", **weights(model))
         packages = {n: importlib.metadata.version(n) for n in ("sbx-rl", "jax", "gymnasium", "mujoco", "dm_control", "numpy")}
-        (out/"args.json").write_text(json.dumps({"algorithm": f"SAC (SBX {packages['sbx-rl']})", "seed": a.seed, "settings": {**settings, "net_arch": [256, 256], "repeat": a.repeat, "layer_norm": a.layer_norm, "height_reward": a.height}, "packages": packages, "machine": f"one thread, {platform.machine()}"}))
-    model.learn(a.steps//a.repeat-model.num_timesteps, callback=Keep(out, a.task, round(9_984/a.updates**.5), a.repeat), reset_num_timesteps=False)
+        (out/"args.json").write_text(json.dumps({"algorithm": f"SAC (SBX {packages['sbx-rl']})", "seed": a.seed, "settings": {**settings, "net_arch": [256, 256]}, "packages": packages, "machine": f"one thread, {platform.machine()}"}))
+    model.learn(a.steps-model.num_timesteps, callback=Keep(out, a.task, 9_984), reset_num_timesteps=False)
