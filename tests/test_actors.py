@@ -3,13 +3,13 @@ alone, its parts are in order of age, and the whole pipeline runs on a task that
 import json, shutil
 import numpy as np, pytest
 from clam.cli.shell import main
-from clam.collect.actors import RECIPES, Actor, Learner, actors_dir, load_actors, measured_return, pack_actors
+from clam.collect.actors import RECIPES, Actor, Learner, actors_dir, draw_frames, load_actors, measured_return, pack_actors
 from clam.collect import actors
 from clam.collect.recipes import collect, make_dataset, recipe_names
 from clam.config import SplitConfig
 from clam.core import DatasetError
 from clam.data.splits import make_splits
-from clam.data.store import EpisodeStore
+from clam.data.store import EpisodeStore, check_store, write_store
 from clam.envs import rendering
 from clam.envs.base import make_env
 
@@ -66,6 +66,19 @@ def test_frames_drawn_from_the_store(name, tmp_path):
             assert abs(live-drawn).mean() < .05, t                    # the store keeps single precision
             env.step(ep.act[t])
     assert abs(shots[39]-shots[0]).mean() > 1
+
+@pytest.mark.skipif(rendering.choose_gl() is None, reason="no driver can draw here")
+def test_a_store_is_drawn_later(tmp_path):
+    whole = EpisodeStore(make_dataset("mujoco/hopper", 2, out=tmp_path/"whole", workers=1, quiet=True)); cut = lambda e, n: e.replace(**{f: getattr(e, f)[:n+(f in ("obs", "state"))] for f in ("obs", "act", "reward", "state")})
+    eps = [cut(whole[1], 6), cut(whole[0], 4)]; store = EpisodeStore(write_store(tmp_path/"short", eps, whole.meta)); seen = EpisodeStore(draw_frames(store, tmp_path/"seen", 48))
+    assert seen.frames.shape == (12, 48, 48, 3) and seen.meta["render"]["width"] == 48 and seen.meta["source"] == whole.meta["source"] and check_store(seen.path) == [] and all(np.array_equal(getattr(x, f), getattr(y, f)) for x, y in zip(seen, store, strict=True) for f in ("obs", "act", "reward", "state"))
+    with make_env("mujoco/hopper", render_size=48) as env:
+        for e, drawn in zip(eps, seen, strict=True):
+            env.reset(e.meta["seed"])
+            for t, a in enumerate(e.act): assert abs(env.render().astype(int)-drawn.frames[t]).mean() < .05, t; env.step(a)
+    damaged = EpisodeStore(write_store(tmp_path/"bare", [e.replace(state=None) for e in eps], whole.meta))
+    with pytest.raises(DatasetError, match="no simulator state"): draw_frames(damaged, tmp_path/"no")
+    assert not (tmp_path/"no").exists()
 
 def test_the_replay_part_ends_at_medium():
     for n in HERE:
