@@ -110,13 +110,14 @@ def table_html(rows: dict, head=()) -> str: # {name: value or [values]} as a sma
     top = "".join(f'<th style="padding:0 8px;text-align:right">{html.escape(h)}</th>' for h in head)
     return f'<table style="font-size:12px;line-height:17px">{f"<tr>{top}</tr>" if head else ""}'+"".join(f'<tr><td style="padding-right:8px">{html.escape(str(k))}</td>{cells(v)}</tr>' for k, v in rows.items())+"</table>"
 
-# %% ../../nbs/82_widgets.base.ipynb #8aa559c4
+# %% ../../nbs/82_widgets.base.ipynb #7588867e
 LINE = """
 const P = %s.default, M = %s, V = %s, D = %s, line = new WeakMap(), patience = 10000;
 const after = (gd, fn) => { const p = (line.get(gd) || Promise.resolve()).then(fn), rest = new Promise(go => setTimeout(go, patience)); line.set(gd, Promise.race([p.catch(() => {}), rest])); return p; };
 const born = P.newPlot; P.newPlot = (gd, ...a) => { const p = born(gd, ...a); line.set(gd, p.catch(() => {})); return p; };
+const curves = {deleteTraces: 0, restyle: 1, update: 2}, known = (gd, name, a) => [a[curves[name]] ?? []].flat().every(i => i < gd.data.length);   // else the whole figure is on its way
 for (const name of ["addTraces", "deleteTraces", "moveTraces", "restyle", "relayout", "update", "animate", "react"]) {
-  const was = P[name]; P[name] = (gd, ...a) => after(gd, () => gd._fullLayout && was(gd, ...a)); }
+  const was = P[name]; P[name] = (gd, ...a) => after(gd, () => gd._fullLayout && known(gd, name, a) && was(gd, ...a)); }
 for (const name of ["_sendTraceDeltas", "_sendLayoutDelta"]) { const was = V.prototype[name];      // what plotly made of the newest edit, once it is drawn
   V.prototype[name] = function(id) { this["newest"+name] = id; after(this.el, () => { if (this.el._fullLayout && this["newest"+name] === id) was.call(this, id); }); }; }
 const render = V.prototype.perform_render;
