@@ -350,7 +350,7 @@ def _retry(self):
 
 LatentMap.build, LatentMap._tree, LatentMap._wire, LatentMap._retry = _build, _tree, _wire, _retry
 
-# %% ../../nbs/84_widgets.latent_map.ipynb #cd37a3dd
+# %% ../../nbs/84_widgets.latent_map.ipynb #f1036a1f
 def _say(self): # the line under the map
     ui = self._ui; ui.words.value, ui.bar.value = f'<span style="font-size:12px">{html.escape(self.progress)}</span>', self.job.fraction; ui.progress.layout.display = None if self.progress else "none"
     for w in (ui.bar, ui.cancel): w.layout.display = None if self.job.status == "running" else "none"
@@ -376,14 +376,14 @@ def _looked(self, n): # worker: words and frames first, then what takes longer; 
     except Exception as e: ui.clip.value = html.escape(sentence(e))
     if m.clip and alive(): ui.clip.value = _video(m.clip, "action, z, reward", 128)
     m.thumbs = thumbs_of(ins, m, alive)
-    if alive(): ui.near.value = '<div style="font-size:12px">nearest latents of other episodes</div>'+thumbs_html(m.thumbs) if len(m.near) else "<i>no other episode to compare with</i>"
+    if alive(): ui.near.value = '<div style="font-size:12px">nearest latents of other episodes</div>'+thumbs_html(m.thumbs) if len(m.near) else "<i>"+("no other episode to compare with" if np.isfinite(ins.z[n]).all() else "this latent is not finite: it has no neighbours and no place on the map")+"</i>"
 
 def _judged(self, method: str): # worker: the trust meter
     ui = self._ui
     if method not in self.trusts:
         try: self.trusts[method] = trust(self.inspection.z[self.keep], self.xy[method], None if self.inspection.act is None else self.inspection.act[self.keep], seed=self.seed)
         except Nothing as e: ui.trust.value = str(e); return
-    if method == self.drawn and self._ui is ui: self.trusted = t = self.trusts[method]; ui.trust.value = trust_html(t, METHODS[method])
+    if method == self.drawn and self._ui is ui: self.trusted = t = self.trusts[method]; lost = int((~np.isfinite(self.inspection.z).all(1)).sum()); ui.trust.value = trust_html(t, METHODS[method])+(f'<div style="font-size:12px">{lost:,} of {len(self.inspection):,} latents are not finite and not on the map: look at the observations of those transitions</div>' if lost else "")
 
 LatentMap._say, LatentMap.focused, LatentMap.step, LatentMap.looked, LatentMap.judged = _say, _focused, _step, _looked, _judged
 

@@ -186,7 +186,8 @@ class Book:
     def plot(self, selector: str, js: str, arg=None): # a function of `arg` in the page, where `gd` is the plot
         return self.at(selector).evaluate("(el, arg) => { const gd = el.matches('.js-plotly-plot') ? el : el.querySelector('.js-plotly-plot'); return ("+js+")(arg); }", arg)
     def points(self, selector: str) -> int: return self.plot(selector, "() => gd && gd._fullData ? gd._fullData.reduce((n, t) => n + (t.visible === true && t.x ? t.x.length : 0), 0) : 0") # drawn so far
-    def drawn(self, selector: str, points: int=1, seconds: float=60): until(lambda: self.points(selector) >= points, seconds, f"{selector} has not drawn {points} points")
+    def drawn(self, selector: str, points: int=1, seconds: float=90): # plotly itself is 5 MB to load and may take its time
+        self.all(selector).locator("visible=true").first.wait_for(timeout=1000*seconds); until(lambda: self.points(selector) >= points, seconds, f"{selector} has not drawn {points} points")
     def xy(self, selector: str, i: int, trace: int=0): return tuple(self.plot(selector, POINT, [trace, i]))
     def lonely(self, selector: str, trace: int=0) -> list[int]: return self.plot(selector, LONELY, trace) # up to 20 points far from all others, loneliest first
     def hover(self, x: float, y: float): # scattergl wants a real hover before a click
