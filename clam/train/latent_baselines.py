@@ -31,9 +31,9 @@ def method_config(method: str, cfg: Config) -> Config:
     own = QUANTISERS[method] if cfg.lam.quantise == "none" else {}
     return cfg.replace(**own, stage1__joint=False, stage2__decoded_weight=0.)
 
-# %% ../../nbs/58_train.latent_baselines.ipynb #f18eeb85
+# %% ../../nbs/58_train.latent_baselines.ipynb #2bc492e5
 def _lam_of_all(run: Run, store, device, callbacks, loop) -> bool: # the LAM from observations alone; True when it is there
-    if not run.finished("lam"): _lam_stage(run, WindowData(run.splits.unlabelled_view(store), run.normaliser, run.config.lam.n_extra_context, device), None, device, callbacks, loop)
+    if not run.finished("lam"): _lam_stage(run, WindowData(run.splits.unlabelled_view(store), run.normaliser, run.config.lam.n_extra_context, device, run.config.stage1.outside_weight), None, device, callbacks, loop)
     return run.finished("lam")
 
 def train_lapo(store, cfg: Config, run, callbacks=(), resume: bool=False, device="cpu", **loop) -> Run:
