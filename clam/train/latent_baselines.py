@@ -19,7 +19,7 @@ from .stage1 import _decoder_stage, _lam_stage
 from .stage2 import fit_policy, train_stage2
 
 # %% auto #0
-__all__ = ['QUANTISERS', 'METHODS', 'method_config', 'train_lapo', 'descent', 'code_labels', 'new_namer', 'train_lapa',
+__all__ = ['QUANTISERS', 'METHODS', 'SEES', 'method_config', 'train_lapo', 'descent', 'code_labels', 'new_namer', 'train_lapa',
            'new_dynamo', 'train_dynamo', 'train_method']
 
 # %% ../../nbs/58_train.latent_baselines.ipynb #677e2244
@@ -123,8 +123,18 @@ def train_dynamo(store, cfg: Config, run, callbacks=(), resume: bool=False, devi
             _clone(run, store, lambda policy: policy.encoder.load_state_dict(eyes), device, callbacks, loop)
     return run
 
-# %% ../../nbs/58_train.latent_baselines.ipynb #69e9ba94
+# %% ../../nbs/58_train.latent_baselines.ipynb #b366ea68
 METHODS: dict[str, Callable] = {**{m: functools.partial(baselines.train_method, m) for m in baselines.METHODS}, "lapo": train_lapo, "lapa": train_lapa, "dynamo": train_dynamo}
+
+SEES: dict[str, dict[str, tuple]] = { # method -> sets of `clam.data.splits` whose observations, whose actions it reads
+    "clam": dict(observations=("unlabelled", "expert", "labelled"), actions=("labelled",)),
+    "bc-al": dict(observations=("labelled",), actions=("labelled",)),
+    "bc-expert": dict(observations=("expert",), actions=("expert",)), # privileged
+    "vpt": dict(observations=("labelled", "expert"), actions=("labelled",)),
+    "lapo": dict(observations=("unlabelled", "expert", "labelled"), actions=("labelled",)),
+    "lapa": dict(observations=("unlabelled", "expert", "labelled"), actions=("labelled",)),
+    "dynamo": dict(observations=("unlabelled", "labelled"), actions=("labelled",)),
+}
 
 def train_method(
     method: str,          # one of `METHODS`
