@@ -107,7 +107,7 @@ class OptimConfig:
         _positive(self, "lr", "eps", "clip"); _fraction(self, "warmup_fraction", "beta1", "beta2")
     def warmup_updates(self, total: int) -> int: return min(self.warmup, int(self.warmup_fraction*total)) # updates of warm-up in a run of `total`
 
-# %% ../nbs/02_config.ipynb #383e680f
+# %% ../nbs/02_config.ipynb #2e925ba7
 @dataclass(frozen=True)
 class Stage1Config:
     "Joint training of LAM and action decoder (paper Algorithm 1, Table 11)."
@@ -128,8 +128,12 @@ class Stage1Config:
     feature_weight: float = field(default=0., metadata=LATER)   # FDM target in feature space (LAOM): z learns from predicting an EMA encoder's features of o_{t+1}; the FDM then follows without teaching z
     reversal_weight: float = field(default=0., metadata=LATER)  # ALAM: z of a step taken backwards is minus z
     additivity_weight: float = field(default=0., metadata=LATER) # ALAM: z of two steps is the sum of their latents
+    outside_weight: float = field(default=1., metadata=LATER)   # reconstruction mask (MaskLAM): what a pixel of the target that does not show the agent counts, 0 to 1; the dataset must hold masks
+    decoder_obs: bool = field(default=False, metadata=LATER)    # decoder conditioned on the observation (LAOM's second decoder): it reads o_t beside z_t; the paper's reads z_t alone
     def __post_init__(self):
         _positive(self, "updates", "batch", "labelled_batch", "decoder_every", "predict_steps", "horizon")
+        _fraction(self, "outside_weight")
+        if self.outside_weight < 1 and self.predict_steps > 1: raise ConfigError("the mask weighs predictions of one step only", got=f"outside_weight={self.outside_weight}, predict_steps={self.predict_steps}", fix="leave one of them at its default")
         if min(self.kl_weight, self.feature_weight, self.reversal_weight, self.additivity_weight) < 0: raise ConfigError("loss weights must be 0 or more", got=f"kl_weight={self.kl_weight}, feature_weight={self.feature_weight}, reversal_weight={self.reversal_weight}, additivity_weight={self.additivity_weight}")
         if self.beta < 0 or self.recon_weight < 0: raise ConfigError("loss weights must be 0 or more", got=f"beta={self.beta}, recon_weight={self.recon_weight}")
 
@@ -186,7 +190,7 @@ class EvalConfig:
     workers: int = 0                  # processes; 0 = one for each processor
     def __post_init__(self): _positive(self, "episodes")
 
-# %% ../nbs/02_config.ipynb #00d2d274
+# %% ../nbs/02_config.ipynb #3213ed7b
 @dataclass(frozen=True)
 class Config:
     "Everything a run needs, as one nested record."
@@ -204,6 +208,7 @@ class Config:
     split: SplitConfig = field(default_factory=SplitConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     def __post_init__(self):
+        if self.stage1.decoder_obs and self.stage2.decoded_weight: raise ConfigError("the decoded error compares latents without their observations", got=f"decoder_obs=True, decoded_weight={self.stage2.decoded_weight}", fix="set stage2.decoded_weight to 0")
         if self.history_as_change and not self.standardise: raise ConfigError("history_as_change needs standardise", got=f"history_as_change={self.history_as_change}, standardise={self.standardise}")
     @property
     def digest(self) -> str: return digest(identity(self)) # identifies the configuration

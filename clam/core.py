@@ -40,7 +40,7 @@ class CheckpointError(ClamError): "A run directory or checkpoint cannot be used 
 class EnvError(ClamError): "An environment is unknown, cannot start, or was driven wrongly."
 class RobotError(ClamError): "The arm refused, failed or stopped."
 
-# %% ../nbs/00_core.ipynb #69ba4c99
+# %% ../nbs/00_core.ipynb #f6ee690d
 @dataclass(frozen=True)
 class Episode:
     "One trajectory of `T` transitions. Arrays may be views into a memory map; treat them as read-only."
@@ -51,6 +51,7 @@ class Episode:
     success: np.ndarray|None = None  # [T] bool, the task's predicate after each step
     z: np.ndarray|None = None        # [T, Z] float32 latent actions, after relabelling or in a latent rollout
     state: np.ndarray|None = None    # [T+1, N] float32 the simulator's positions and velocities, where obs leaves some out: enough to draw frames later; no model sees it
+    mask: np.ndarray|None = None     # [T+1, Hh, Ww] bool where frames show the agent; weighs the pixel loss and keeps backgrounds off, no model sees it
     meta: dict = field(default_factory=dict) # free-form, JSON-able: seed, policy, skill...
 
     def __len__(self) -> int: # number of transitions T
@@ -74,7 +75,7 @@ class Episode:
         shapes = ", ".join(f"{f}{list(getattr(self, f).shape)}" for f in ("obs","frames","act","z") if getattr(self, f) is not None)
         return f"Episode(T={len(self)}, {shapes}, return={self.total_reward:.1f}, success={self.succeeded})"
 
-# %% ../nbs/00_core.ipynb #32553d3b
+# %% ../nbs/00_core.ipynb #2098d693
 def _first_bad(mask, shape) -> str: # where the first True of `mask` lies, as text
     i = np.unravel_index(int(np.argmax(mask)), shape)
     return f"step {i[0]}" + (f", index {', '.join(map(str, i[1:]))}" if len(i) > 1 else "")
@@ -90,7 +91,7 @@ def check_episode(ep: Episode, where: str="episode", obs_limit: float=1e6, act_l
     "Return `ep` if it is sound, else raise `DatasetError` naming field, step and index. `act_limit=None` skips the action range."
     if len(ep) < 1: raise DatasetError("episode is empty", got=f"{len(ep)} transitions", expected="at least 1", fix="drop it", where=where)
     T = len(ep)
-    wants = {"obs": (T+1, 2), "frames": (T+1, 4), "act": (T, 2), "reward": (T, 1), "success": (T, 1), "z": (T, 2), "state": (T+1, 2)}
+    wants = {"obs": (T+1, 2), "frames": (T+1, 4), "act": (T, 2), "reward": (T, 1), "success": (T, 1), "z": (T, 2), "state": (T+1, 2), "mask": (T+1, 3)}
     for name, (n, ndim) in wants.items():
         a = getattr(ep, name)
         if a is None: continue
@@ -102,6 +103,7 @@ def check_episode(ep: Episode, where: str="episode", obs_limit: float=1e6, act_l
     if ep.state is not None: _check_float("state", ep.state, where)
     if ep.reward is not None: _check_float("reward", ep.reward, where)
     if ep.success is not None and ep.success.dtype != bool: raise DatasetError("success has the wrong dtype", ep.success.dtype, "bool", where=where)
+    if ep.mask is not None and (ep.mask.dtype != bool or ep.frames is None or ep.mask.shape != ep.frames.shape[:3]): raise DatasetError("mask does not fit the frames", f"{ep.mask.dtype} {list(ep.mask.shape)}", f"bool {None if ep.frames is None else list(ep.frames.shape[:3])}", "give one bool for each pixel", where)
     if ep.frames is not None and ep.frames.dtype != np.uint8: raise DatasetError("frames have the wrong dtype", ep.frames.dtype, "uint8", fix="store raw pixels; scaling happens in one place later", where=where)
     return ep
 

@@ -10,9 +10,9 @@ import numpy as np
 from .core import ConfigError, EnvError, Episode, Spec, sub_seed
 
 # %% auto #0
-__all__ = ['DRAG', 'PUSH_MPS', 'DT_S', 'RADIUS_M', 'MAX_STEPS', 'POS', 'VEL', 'GOAL', 'VIEW_M', 'FAMILY', 'KINDS', 'physics',
-           'true_action', 'draw', 'Step', 'ToyWorld', 'expert_action', 'toy_episode', 'toy_episodes', 'LinearLAM',
-           'transitions', 'linear_lam', 'probe_r2', 'lam_measures', 'verdict']
+__all__ = ['DRAG', 'PUSH_MPS', 'DT_S', 'RADIUS_M', 'MAX_STEPS', 'POS', 'VEL', 'GOAL', 'VIEW_M', 'DISC_M', 'FAMILY', 'KINDS',
+           'physics', 'true_action', 'draw', 'disc_mask', 'Step', 'ToyWorld', 'expert_action', 'toy_episode',
+           'toy_episodes', 'LinearLAM', 'transitions', 'linear_lam', 'probe_r2', 'lam_measures', 'verdict']
 
 # %% ../nbs/05_toy.ipynb #fff832cf
 DRAG, PUSH_MPS, DT_S, RADIUS_M, MAX_STEPS = .8, .3, .1, .1, 40   # kept speed, speed gained by a full push, step, success radius, episode length
@@ -29,8 +29,8 @@ def true_action(obs, nxt): # obs, nxt [..., S] -> [..., 2]
     "The exact inverse dynamics model: the action that led from `obs` to `nxt`."
     return (np.asarray(nxt)[..., VEL]-DRAG*np.asarray(obs)[..., VEL])/PUSH_MPS
 
-# %% ../nbs/05_toy.ipynb #1020b04d
-VIEW_M = 1.4    # the camera sees [-VIEW_M, VIEW_M] in both axes
+# %% ../nbs/05_toy.ipynb #4e607343
+VIEW_M, DISC_M = 1.4, .13    # the camera sees [-VIEW_M, VIEW_M] in both axes; radius of the disc
 
 def draw(obs, size: int=32) -> np.ndarray: # obs [S] -> [size, size, 3] uint8
     "The world as a camera sees it: x to the right, y up."
@@ -43,10 +43,15 @@ def draw(obs, size: int=32) -> np.ndarray: # obs [S] -> [size, size, 3] uint8
         return img*(1-cover) + cover*np.array(colour)
     (gx, gy), (bx, by) = obs[GOAL], obs[POS]
     img = paint(np.abs(np.hypot(x-gx, y-gy)-.2)-.04, (86, 180, 233))
-    img = paint(np.hypot(x-bx, y-by)-.13, (230, 159, 0))
+    img = paint(np.hypot(x-bx, y-by)-DISC_M, (230, 159, 0))
     return np.round(img).astype(np.uint8)
 
-# %% ../nbs/05_toy.ipynb #441be3e0
+def disc_mask(obs, size: int=32) -> np.ndarray: # obs [S] -> [size, size] bool
+    "The pixels of `draw(obs, size)` that show some of the disc."
+    px = 2*VIEW_M/size; x = (np.arange(size)+.5)*px-VIEW_M
+    return np.hypot(x[None]-obs[POS][0], -x[:, None]-obs[POS][1])-DISC_M < .5*px
+
+# %% ../nbs/05_toy.ipynb #e716203f
 class Step(NamedTuple):
     "What came of one action."
     obs: np.ndarray; reward: float; success: bool; done: bool; info: dict
@@ -79,6 +84,7 @@ class ToyWorld:
         return Step(self.obs.copy(), 10*float(np.exp(-3*d)), d < RADIUS_M, self._t >= self.spec.max_steps, {"distance_m": d})
 
     def render(self) -> np.ndarray: return draw(self.obs, self.render_size) # [Hh, Ww, 3] uint8
+    def mask(self) -> np.ndarray: return disc_mask(self.obs, self.render_size) # [Hh, Ww] bool, where `render` shows the disc
     def get_state(self) -> dict: return {"obs": self.obs.copy(), "t": self._t, "rng": self._rng.bit_generator.state} # everything about this moment
     def set_state(self, state: dict) -> np.ndarray: # -> the observation of that moment
         self._rng = np.random.default_rng(0); self._rng.bit_generator.state = state["rng"]

@@ -21,7 +21,7 @@ NEVER = {"nbdev", "fastcore", "execnb", "ghapi", "pytest", "nbformat", "nbclient
 ONLY = {**{m: {"widgets"} for m in VIEWS}, **{m: {"envs", "collect", "robot"} for m in SIMULATORS}}   # these packages, only in these rooms
 LIGHT = {"numpy", "tqdm"}                         # all that core, testing, config and toy may import from outside
 DISTRIBUTION = {"sklearn": "scikit-learn", "zmq": "pyzmq", "umap": "umap-learn", "imageio_ffmpeg": "imageio-ffmpeg", "PIL": "pillow", "serial": "pyserial"} # where import and package differ
-SHARED = {89, 90}                                 # numbers that several notebooks may have
+SHARED = {19, 89, 90}                                 # numbers that several notebooks may have
 MAX_CELL, MAX_EXPORTED, MAX_KB, MAX_STORY_KB = 60, 350, 200, 400 # a story (91-99) stores more pictures
 
 # ---------------------------------------------------------------- notebooks

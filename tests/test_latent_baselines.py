@@ -16,7 +16,7 @@ from clam.toy import ToyWorld, toy_episodes
 from clam.train import baselines
 from clam.train.agents import load_agent
 from clam.train.checkpoint import Run
-from clam.train.latent_baselines import METHODS, code_labels, method_config, new_dynamo, new_namer, train_lapa, train_method
+from clam.train.latent_baselines import METHODS, code_labels, method_config, new_dynamo, new_namer, SEES, train_lapa, train_method
 from clam.train.loop import Callback, Sampler, WindowData, lr_at
 from clam.train.relabel import label_windows, relabel
 
@@ -79,6 +79,28 @@ def test_the_comparison_would_see_a_peep(store, tmp_path): # it catches a method
     run = train_method("bc-expert", store, config(), tmp_path/"a", quiet=True)
     other = train_method("bc-expert", poisoned(tmp_path/"data", set(run.splits.labelled.tolist())), config(), tmp_path/"b", quiet=True)
     assert digests(other, ["policy"]) != digests(run, ["policy"])
+
+@pytest.mark.parametrize("images", [False, True], ids=["states", "pictures"])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_access_is_one_that_the_notebook_names(tmp_path, method, images, monkeypatch):
+    "Which field of which episodes is read, from the first batch to the last, against `SEES`; without scaling, which reads the unlabelled states for all methods."
+    data = EpisodeStore(write_store(tmp_path/"fakes", fake_episodes(20, T=10, frames=16)))
+    few = {f"{r}__{k}": v for r in ("stage1", "stage2", "bc", "idm") for k, v in (("updates", 3), ("batch", 8))}
+    cfg = config("conv" if images else "mlp", standardise=False, split__n_expert=2, split__n_labelled=3, split__return_fraction=.9, split__heldout_fraction=.2, **few)
+    reads, original = [], Episodes._column
+    monkeypatch.setattr(Episodes, "_column", lambda self, n: (reads.append((n, frozenset(self.index.tolist()))), original(self, n))[1])
+    run = train_method(method, data, cfg, tmp_path/"r", quiet=True); sets = {n: frozenset(getattr(run.splits, n).tolist()) for n in ("unlabelled", "expert", "labelled")}
+    seen = {(n, e) for n, e in reads if n in ("obs", "frames", "act", "z", "state", "mask")}; kind = "frames" if images else "obs"
+    assert seen == {(kind, sets[s]) for s in SEES[method]["observations"]} | {("act", sets[s]) for s in SEES[method]["actions"]}
+    assert not any(e & set(run.splits.heldout.tolist()) for _, e in seen) and len(sets["labelled"] | sets["expert"]) == 5
+
+@pytest.mark.parametrize("method", OURS)
+def test_only_labelled_actions_matter_on_pictures(tmp_path, method):
+    eps, rng = fake_episodes(20, T=10, frames=16), np.random.default_rng(0)
+    cfg = config("conv", split__n_expert=2, split__n_labelled=2, split__return_fraction=.9, stage1__updates=3, stage2__updates=3, bc__updates=3, stage1__batch=8, stage2__batch=8, bc__batch=8)
+    run = train_method(method, EpisodeStore(write_store(tmp_path/"a", eps)), cfg, tmp_path/"ra", quiet=True); spare = set(run.splits.labelled.tolist())
+    other = [e if i in spare else e.replace(act=rng.uniform(-1, 1, e.act.shape).astype(np.float32)) for i, e in enumerate(eps)]
+    assert digests(train_method(method, EpisodeStore(write_store(tmp_path/"b", other)), cfg, tmp_path/"rb", quiet=True), PARTS[method]) == digests(run, PARTS[method])
 
 # ---------------------------------------------------------------- LAPO
 def test_lapo_reads_latents_before_quantisation(store, tmp_path):

@@ -142,6 +142,20 @@ def test_iid_actions_are_decoded_at_their_own_step(tmp_path, model): # iid actio
     r2 = lambda a, b: 1-((a-b)**2).sum()/((b-b.mean(0))**2).sum()
     assert r2(act, held.act) > .8 and r2(act[:-1], held.act[1:]) < .1 and r2(act[1:], held.act[:-1]) < .1
 
+def test_alignment_test_finds_targets_one_step_late(tmp_path, monkeypatch): # the official MLP decoder's fault: a_{t+1} for z_t
+    import clam.train.stage1 as stage1
+    class Late(WindowData):
+        def __init__(self, *a, **kw):
+            super().__init__(*a, **kw)
+            if self.act is not None: self.act = self.act.roll(-1, 0)
+    store = EpisodeStore(write_store(tmp_path/"fakes", fake_episodes(60, T=20))); r2 = {}
+    for name, kind in (("right", WindowData), ("late", Late)):
+        monkeypatch.setattr(stage1, "WindowData", kind)
+        run = train_stage1(store, preset("tiny").replace(split__n_expert=4, split__n_labelled=12, split__return_fraction=.9, stage1__updates=200), tmp_path/name, quiet=True)
+        held, lam, dec = run.splits.heldout_with_actions(store), run.lam(), run.decoder(); act = label_windows(lam, lambda w, t: dec(lam.label(w, t)), WindowData(held, run.normaliser))
+        r2[name] = 1-((act-held.act)**2).sum()/((held.act-held.act.mean(0))**2).sum()
+    assert r2["right"] > .6 and r2["late"] < .1, r2
+
 def test_same_seed_same_bytes_other_seed_other_bytes(store, tmp_path):
     digest = lambda seed, name: train_method("clam", store, config(**SHORT, seed=seed), tmp_path/name, quiet=True).weights_digest("policy")
     assert digest(0, "a") == digest(0, "b") != digest(1, "c")

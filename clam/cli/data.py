@@ -79,7 +79,7 @@ class DataCard(Command):
         out = {k: c[k] for k in ("name", "episodes", "transitions", "who", "return_by_decile", "success_by_decile", "licence")} | {"path": str(folder)}
         show_pairs(out); return out
 
-# %% ../../nbs/90_cli.data.ipynb #9e714b65
+# %% ../../nbs/90_cli.data.ipynb #391e31f8
 @dataclass(kw_only=True)
 class DataMake(Command):
     "Run a recipe and store its episodes."
@@ -87,13 +87,14 @@ class DataMake(Command):
     episodes: int = 1000     # episodes to collect; the paper has 1000 for each task
     frames: bool = False     # also render and store pictures
     frame_size: int|None = None # their side in pixels; default: the environment's
+    masks: bool = False      # also store where each picture shows the agent: metaworld and toy
     seed: int = 0            # same seed, same bytes
     out: str|None = None     # folder to make; default data/episodes/<name>
     workers: int = 0         # processes; 0 = one for each processor
     def do(self) -> dict:
         from clam.collect.recipes import make_dataset
         from clam.data.store import EpisodeStore
-        s = EpisodeStore(make_dataset(self.name, self.episodes, self.seed, self.out or data_dir("episodes", self.name), self.workers, self.frames and (self.frame_size or True)))
+        s = EpisodeStore(make_dataset(self.name, self.episodes, self.seed, self.out or data_dir("episodes", self.name), self.workers, self.frames and (self.frame_size or True), masks=self.masks))
         out = _counts(s) | {"path": str(s.path)}
         show_pairs(out)
         return out

@@ -15,12 +15,12 @@ from ..core import DatasetError, Episode, Spec, atomic_dir, check_episode, check
 __all__ = ['FORMAT', 'FIELDS', 'MAKE_AGAIN', 'GROUP', 'RAW_FRAMES', 'NpyAppender', 'FrameAppender', 'write_store', 'PackedFrames',
            'Episodes', 'EpisodeStore', 'check_store', 'describe', 'list_datasets', 'open_dataset']
 
-# %% ../../nbs/10_data.store.ipynb #db93ddd5
+# %% ../../nbs/10_data.store.ipynb #c4c93e4a
 FORMAT = 1  # version of this layout
 FIELDS = {  # name: (dtype on disk, axes, rows of an episode beyond its T transitions)
     "obs": (np.dtype(np.float32), 2, 1), "frames": (np.dtype(np.uint8), 4, 1),
     "act": (np.dtype(np.float32), 2, 0), "reward": (np.dtype(np.float32), 1, 0),
-    "success": (np.dtype(bool), 1, 0), "z": (np.dtype(np.float32), 2, 0), "state": (np.dtype(np.float32), 2, 1)}
+    "success": (np.dtype(bool), 1, 0), "z": (np.dtype(np.float32), 2, 0), "state": (np.dtype(np.float32), 2, 1), "mask": (np.dtype(bool), 3, 1)}
 MAKE_AGAIN = "restore it from a copy or make the dataset again"
 
 # %% ../../nbs/10_data.store.ipynb #08fc1c22
@@ -251,7 +251,7 @@ def _load(path, resident: bool=False) -> _Files: # open a folder and check every
     spec = _spec(meta, want, int(np.diff(ends, prepend=0).max()), p)
     return _Files(p, resident, meta, spec, ends, _open_notes(p/"episodes.jsonl", E), arrays, digest([sums, dataclasses.asdict(dataclasses.replace(spec, name=""))]))
 
-# %% ../../nbs/10_data.store.ipynb #c7ee7ccd
+# %% ../../nbs/10_data.store.ipynb #0687e850
 def _ranges(starts, counts) -> np.ndarray: # arange(s, s+n) for each pair, concatenated
     return np.repeat(starts-(np.cumsum(counts)-counts), counts)+np.arange(counts.sum())
 
@@ -270,6 +270,7 @@ class _Columns:
     succeeded = property(lambda self: self._files.succeeded[self._index])# [E] success at any step; False without a predicate
     obs = property(lambda self: self._column("obs"))                     # [R, S] float32
     frames = property(lambda self: self._column("frames"))               # [R, Hh, Ww, C] uint8, an array or PackedFrames
+    mask = property(lambda self: self._column("mask"))                   # [R, Hh, Ww] bool, where frames show the agent
     reward = property(lambda self: self._column("reward"))               # [N] float32
     success = property(lambda self: self._column("success"))             # [N] bool
     z = property(lambda self: self._column("z"))                         # [N, Z] float32

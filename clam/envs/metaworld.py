@@ -106,16 +106,24 @@ def _set_state(self, state: dict) -> np.ndarray:
     return self._obs.astype(np.float32)
 MetaWorldEnv.get_state, MetaWorldEnv.set_state = _get_state, _set_state
 
-# %% ../../nbs/22_envs.metaworld.ipynb #6f8f364c
+# %% ../../nbs/22_envs.metaworld.ipynb #3de44ea8
 def _render(self) -> np.ndarray:
     "The current moment as [render_size, render_size, 3] uint8."
     if self._renderer is None: self._renderer = FrameRenderer(self.sim.model, self.render_size, self.render_size, self.camera)
     return self._renderer(self.sim.data)
 
+def _mask(self) -> np.ndarray:
+    "The pixels of `render` that show the robot, [render_size, render_size] bool: exact, from the simulator's segmentation."
+    m = self.sim.model
+    if self._renderer is None: self.render()
+    robot = m.body_rootid[m.geom_bodyid] == m.body("base").id               # everything that hangs on the robot's base
+    shown = self._renderer.segment(self.sim.data)
+    return (shown >= 0) & robot[shown]
+
 def _close(self):
     "Free the renderer."
     if self._renderer is not None: self._renderer.close(); self._renderer = None
-MetaWorldEnv.render, MetaWorldEnv.close = _render, _close
+MetaWorldEnv.render, MetaWorldEnv.mask, MetaWorldEnv.close = _render, _mask, _close
 MetaWorldEnv.render_settings = property(lambda self: self._renderer.settings if self._renderer else None, doc="how frames were drawn, once one was")
 
 FAMILY = (MetaWorldEnv, ALL_TASKS)      # for `make_env("metaworld/...")`

@@ -71,7 +71,7 @@ def _camera(model, camera): # mujoco.MjvCamera from a name of CAMERAS, a camera 
     cam.type, cam.lookat[:], cam.distance, cam.azimuth, cam.elevation = mujoco.mjtCamera.mjCAMERA_FREE, c["lookat"], c["distance"], c["azimuth"], c["elevation"]
     return cam, {"camera": {k: list(v) if k == "lookat" else v for k, v in c.items()}}
 
-# %% ../../nbs/21_envs.rendering.ipynb #b497e73b
+# %% ../../nbs/21_envs.rendering.ipynb #2702e40d
 class FrameRenderer:
     "`renderer(data) -> [height, width, 3] uint8` for one MuJoCo model; `settings` records how."
     def __init__(self, model, width: int=84, height: int=84,
@@ -94,8 +94,7 @@ class FrameRenderer:
         self.model, self.rect = model, mujoco.MjrRect(0, 0, width, height)
         self.settings = {"gl": gl, "width": width, "height": height, "fast": fast, "shadowsize": int(quality.shadowsize), "offsamples": int(quality.offsamples), "reflection": bool(self.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION])} | cam
 
-    def __call__(self, data) -> np.ndarray:
-        "Draw the current state."
+    def _draw(self, data) -> np.ndarray: # [height, width, 3] uint8
         import mujoco
         if self._gl is None: raise EnvError("renderer is closed", fix="make a new one")
         self._gl.make_current()
@@ -104,6 +103,19 @@ class FrameRenderer:
         mujoco.mjr_render(self.rect, self.scene, self.context)
         img = np.empty((self.rect.height, self.rect.width, 3), np.uint8); mujoco.mjr_readPixels(img, None, self.rect, self.context)
         return img[::-1].copy()      # OpenGL counts rows from the bottom
+    def __call__(self, data) -> np.ndarray: return self._draw(data) # the current state
+    def segment(self, data) -> np.ndarray: # -> [height, width] int
+        "The number of the geom that each pixel shows, -1 where there is none: MuJoCo's segmentation, exact."
+        import mujoco
+        flags, kinds = self.scene.flags, (mujoco.mjtRndFlag.mjRND_SEGMENT, mujoco.mjtRndFlag.mjRND_IDCOLOR)
+        for k in kinds: flags[k] = 1
+        try: code = self._draw(data).astype(np.int64) @ [1, 1<<8, 1<<16]        # 0, or a visible thing's number plus one
+        finally:
+            for k in kinds: flags[k] = 0
+        geom = np.full(self.scene.ngeom+1, -1)
+        for g in self.scene.geoms[:self.scene.ngeom]:
+            if g.segid >= 0 and g.objtype == mujoco.mjtObj.mjOBJ_GEOM: geom[g.segid+1] = g.objid
+        return geom[code]
 
     def close(self):
         "Free the context; safe to call twice."

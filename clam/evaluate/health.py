@@ -43,7 +43,7 @@ class PairModel:
     def encode(self, win, t=None): return torch.as_tensor(self.model.encode(current(win).numpy(), nxt(win).numpy()))[:, None]
     def predict(self, ctx, z, t=None): return torch.as_tensor(self.model.predict(ctx[:, -1].numpy(), z[:, -1].numpy()))[:, None]
 
-# %% ../../nbs/65_evaluate.health.ipynb #15635996
+# %% ../../nbs/65_evaluate.health.ipynb #1fc5c696
 def _some(lengths, limit: int, seed: int) -> np.ndarray: # numbers of the episodes to look at: all, or seeded whole ones up to `limit` transitions
     order = np.random.default_rng(seed).permutation(len(lengths)); lengths = np.asarray(lengths)
     keep = order[:max(2, int((np.cumsum(lengths[order]) <= limit).sum()))]
@@ -75,7 +75,7 @@ def subject_of_episodes(model, episodes, decode=None, normaliser: Normaliser|Non
 def subject_of_run(run, store=None, view: str="heldout", limit: int=10_000, seed: int=0) -> Subject:
     "A trained run on held-out episodes (`heldout`, or `heldout_expert`) of its dataset, true actions included, in the units of its loss. DIAGNOSTIC."
     run, store = _open(run, store); lam = run.lam()
-    return subject_of_episodes(lam, _held(run, store, view, actions=store.has_actions), run.decoder() if run.finished("decoder") else None,
+    return subject_of_episodes(lam, _held(run, store, view, actions=store.has_actions), run.z_decoder(),
         run.normaliser, unit=lam.step_std.numpy(), limit=_thinner(run.normaliser, run.config.lam.n_extra_context, limit), seed=seed, name=f"{run.path.name}, {view} episodes")
 
 # %% ../../nbs/65_evaluate.health.ipynb #26805f25

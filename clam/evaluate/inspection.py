@@ -69,7 +69,7 @@ class Inspection:
             work = self._sim.submit(fn, *args)
         return work.result()
 
-# %% ../../nbs/67_evaluate.inspection.ipynb #e61ad741
+# %% ../../nbs/67_evaluate.inspection.ipynb #3b3b2bc7
 def inspect_episodes(model, episodes, labels=(), decode=None, normaliser: Normaliser|None=None, env_name: str|None=None, agent=None, unit=None, name: str="model", identity: str="", H: int|None=None, render_size: int=128) -> Inspection:
     "A `LAM`, or a numpy model of pairs, on `episodes` (at least one transition; states needed). `decode`: z tensor [B, Z] -> actions [B, A]."
     eps = [e for e in episodes if len(e)]
@@ -90,7 +90,7 @@ def inspect_run(run, store=None, extra=None, limit: int=10_000, seed: int=0) -> 
     eps, labels = [held[int(i)] for i in keep], ["expert" if int(index[i]) in expert else "play" for i in keep]
     for label, more in (extra or {}).items(): eps += list(more); labels += [label]*len(more)
     agent = load_agent(run) if run.finished("policy") else None
-    return inspect_episodes(lam, eps, labels, run.decoder() if run.finished("decoder") else None, run.normaliser, run.spec.name, agent, lam.step_std.numpy(), run.path.name,
+    return inspect_episodes(lam, eps, labels, run.z_decoder(), run.normaliser, run.spec.name, agent, lam.step_std.numpy(), run.path.name,
         digest([run.weights_digest("lam"), store.digest, [int(i) for i in keep], [len(e) for e in eps]]))
 
 # %% ../../nbs/67_evaluate.inspection.ipynb #302f9568

@@ -60,7 +60,7 @@ def missed(env, tracks, actions, unit=1.) -> Interval:
         if (all_of_it := miss(np.tile(dull, (len(act), 1)))) > 0: shares.append(miss(act)/all_of_it)
     return bootstrap_mean(shares) if shares else Interval(*[float("nan")]*3, 0)
 
-# %% ../../nbs/66_evaluate.ladder.ipynb #a4286fb1
+# %% ../../nbs/66_evaluate.ladder.ipynb #b702994d
 UPDATES = 5000
 
 def refit_decoder(run, view, seed: int=0):
@@ -69,7 +69,8 @@ def refit_decoder(run, view, seed: int=0):
     data, positional = WindowData(view, run.normaliser, cfg.lam.n_extra_context), torch.as_tensor(run.normaliser.positional)
     def draw(idx):
         b = data.batch(idx)
-        with torch.no_grad(): return (lam.label(augmented(b.win, s1, positional), *b.inputs[1:]),), b.act
+        win = augmented(b.win, s1, positional)
+        with torch.no_grad(): return (lam.label(win, *b.inputs[1:]), *decoder.beside(win)), b.act
     reg = RegressionConfig(updates=min(UPDATES, max(1, s1.updates//s1.decoder_every)), batch=s1.labelled_batch, optim=s1.decoder_optim, autocast=s1.autocast)
     with seed_everything(sub_seed(seed, "refit")):
         decoder = run.new_decoder(); state, step = regression(decoder, draw, len(data), reg, sub_seed(seed, "refit"))
@@ -182,7 +183,7 @@ class _Case:
         if drift > DRIFT: return f"within five steps the replayed experts are {drift:.2g} deviations away from the record: the environment, the seeds or the alignment of the actions is not that of the dataset"
         return f"the replayed experts lose {lost:.2f} of their success" if lost > TOLERANCE else None
 
-# %% ../../nbs/66_evaluate.ladder.ipynb #90fc7932
+# %% ../../nbs/66_evaluate.ladder.ipynb #4977bcf6
 def _decoded(case: _Case, label, says: str) -> tuple[list, dict]: # the rungs along the experts, from `label(win, t) -> [B, A]`
     win, t, _ = _windows(case.run, case.experts); act = _in_chunks(label, win, t)
     decoded = case.along("decoded", f"{says}, put back to the expert's state at each step", act, 1, case.missed(act))
@@ -191,8 +192,9 @@ def _decoded(case: _Case, label, says: str) -> tuple[list, dict]: # the rungs al
 
 def _clam(case: _Case, store, seed: int) -> tuple[list, dict, tuple]: # rungs, checks, verdict
     run = case.run; lam, policy, run_decoder = run.lam(), run.policy(), run.decoder(); win, t, _ = _windows(run, case.experts)
-    z = torch.from_numpy(_in_chunks(lam.label, win, t)); read = lambda d: case.missed(d(z).numpy())
-    (decoded, replay), checks = _decoded(case, lambda *seen: run_decoder(lam.label(*seen)), "decoded latents of true transitions")
+    read_with = lambda d: lambda *seen: d(lam.label(*seen), *d.beside(seen[0]))
+    read = lambda d: case.missed(_in_chunks(read_with(d), win, t))
+    (decoded, replay), checks = _decoded(case, read_with(run_decoder), "decoded latents of true transitions")
     best = refit_decoder(run, store.take(run.splits.unlabelled), seed); case.bar.update()
     full = case.closed("all_labels", "the latent policy, decoder fitted on all labels", Agent(policy, run.normaliser, best))
     last = case.closed("policy", "the latent policy, the run's decoder", Agent(policy, run.normaliser, run_decoder))

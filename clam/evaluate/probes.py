@@ -150,14 +150,14 @@ def linear_probe(run, store=None, view: str="heldout", folds: int=5, penalty: fl
     out = {name: _scores(act, cross_predict(X, act, episode, folds, penalty), episode) for name, X in (("z", z), ("o", o), ("oz", np.hstack([o, z])))}
     return {"view": view, **out, "gain": out["oz"]["r2"]-out["o"]["r2"]}
 
-# %% ../../nbs/62_evaluate.probes.ipynb #890605dc
+# %% ../../nbs/62_evaluate.probes.ipynb #b50ad5b2
 def inferred_actions(run, view) -> np.ndarray:
     "What the run's inverse model says was done at each transition of `view`: `[N, A]`; decoder(IDM) for CLAM, the IDM for VPT. Reads no actions."
     run = Run(run); win, t, _ = _windows(run, view)
     if run.method == "vpt": return _in_chunks(run.idm(), win, t)
     if not run.finished("lam", "decoder"): raise CheckpointError("run has no inverse model to read actions with", got=run.method, expected="a CLAM or VPT run", where=str(run.path))
     lam, decoder = run.lam(), run.decoder()
-    return _in_chunks(lambda *seen: decoder(lam.label(*seen)), win, t)
+    return _in_chunks(lambda *seen: decoder(lam.label(*seen), *decoder.beside(seen[0])), win, t)
 
 def decoded_action_r2(run, store=None, views=("expert", "heldout_expert", "heldout")) -> dict:
     "R2 of `inferred_actions` against the true ones, per action dimension, for each set of episodes, and for states the `floor` of `ridge_floor`. DIAGNOSTIC: uses true actions."

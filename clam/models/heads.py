@@ -19,13 +19,20 @@ def head(n_in: int, n_out: int, cfg: HeadConfig) -> nn.Sequential:
     embed = [nn.Linear(n_in, cfg.embed_dim)] if cfg.embed_dim else []
     return nn.Sequential(*embed, *mlp(cfg.embed_dim or n_in, *[cfg.hidden_dim]*cfg.n_hidden, n_out))
 
-# %% ../../nbs/43_models.heads.ipynb #1419fa64
+# %% ../../nbs/43_models.heads.ipynb #67d38863
 class ActionDecoder(nn.Module):
-    "Latent to action: `z [..., Z] -> a [..., A]` in [-1, 1] (paper section 3.1, Table 11)."
-    def __init__(self, latent_dim: int, act_dim: int, cfg: HeadConfig|None=None):
+    "Latent to action: `z [..., Z] -> a [..., A]` in [-1, 1] (paper section 3.1, Table 11); with `obs` (S or a shape) it also reads o_t `[B, S]` or `[B, C, Hh, Ww]`."
+    def __init__(self, latent_dim: int, act_dim: int, cfg: HeadConfig|None=None, obs: int|tuple|None=None):
         super().__init__()
-        self.net = head(latent_dim, act_dim, cfg or HeadConfig(n_hidden=3))
-    def forward(self, z): return torch.tanh(self.net(z))
+        cfg, shape = cfg or HeadConfig(n_hidden=3), () if obs is None else (obs,) if isinstance(obs, int) else tuple(obs)
+        self.sees_obs, n = obs is not None, shape[0] if len(shape) == 1 else (cfg.embed_dim or cfg.hidden_dim) if shape else 0
+        self.eyes = ENCODERS[cfg.image_encoder](shape[0], shape[1], n, cfg.image_width) if len(shape) == 3 else None
+        self.net = head(latent_dim+n, act_dim, cfg)
+    def beside(self, win) -> tuple: return (win[:, -2],) if self.sees_obs else () # win [B, W, ...]
+    def forward(self, z, obs=None):
+        if self.sees_obs != (obs is not None): raise ConfigError("this decoder reads "+("z and o_t" if self.sees_obs else "z alone"), got="z alone" if obs is None else "z and o_t", fix="pass decoder.beside(win) after z")
+        if self.sees_obs: z = torch.cat([z, (obs if self.eyes is None else self.eyes(obs)).to(z.dtype)], -1)
+        return torch.tanh(self.net(z))
 
 # %% ../../nbs/43_models.heads.ipynb #134e7a7e
 def observing_head(obs: int|tuple, n_out: int, cfg: HeadConfig) -> nn.Sequential: # obs is S or (C, Hh, Ww)

@@ -12,7 +12,7 @@ from .checkpoint import Run
 # %% auto #0
 __all__ = ['Agent', 'load_agent']
 
-# %% ../../nbs/57_train.agents.ipynb #018a18d3
+# %% ../../nbs/57_train.agents.ipynb #78d8844e
 class Agent:
     """`act(obs [S] or [B, S]) -> (action [A] or [B, A], z or None)`: raw observations in, actions in [-1, 1] out, as numpy arrays.
     Where `reads` is `frames` it wants pictures `[Hh, Ww, C]` or `[B, Hh, Ww, C]` uint8 of `side` pixels instead, and `reset()` before each episode."""
@@ -49,9 +49,10 @@ class Agent:
         if self.ensembler and np.ndim(obs) == 3: # what all plans that cover this step say; its latent is the newest one's
             a, z = self.plan(obs); self._t += 1; self.ensembler.add(self._t, a)
             return self.ensembler.action(self._t).astype(np.float32), None if z is None else z[0]
-        if self.reads == "frames": out = self.policy(self._look(obs)); out = out[0] if np.ndim(obs) == 3 else out
-        else: out = self.policy(torch.from_numpy(self.normaliser.apply(self._check(obs))))
-        return (out.numpy(), None) if self.decoder is None else (self.decoder(out).numpy(), out.numpy())
+        x = self._look(obs) if self.reads == "frames" else torch.from_numpy(self.normaliser.apply(self._check(obs)))
+        out = self.policy(x); seen = (x,) if getattr(self.decoder, "sees_obs", False) else ()
+        both = (out, None) if self.decoder is None else (self.decoder(out, *seen), out)
+        return tuple(v if v is None else (v[0] if self.reads == "frames" and np.ndim(obs) == 3 else v).numpy() for v in both)
 
 def load_agent(run) -> Agent: # name, path or `Run`
     "The agent of a finished run, whatever its method."

@@ -126,7 +126,7 @@ class _Record:
             with contextlib.suppress(ValueError): out.append(json.loads(l))
         return [m for m in out if stage in (None, m.get("stage"))]
 
-# %% ../../nbs/52_train.checkpoint.ipynb #7426b94d
+# %% ../../nbs/52_train.checkpoint.ipynb #a30aded2
 class _Weights(_Record):
     "Finished weights. The manifest is written last, so what it lists is complete."
     def _files(self) -> dict: return read_json(self.path/"manifest.json", CheckpointError).get("files", {}) if (self.path/"manifest.json").exists() else {}
@@ -145,10 +145,11 @@ class _Weights(_Record):
         return load_weights(module, f).to(device).requires_grad_(False)
     def lam(self, device="cpu") -> LAM: return self._load("lam", self.new_lam(), device) # trained, in eval mode, frozen
     def decoder(self, device="cpu") -> ActionDecoder: return self._load("decoder", self.new_decoder(), device)
+    def z_decoder(self, device="cpu") -> ActionDecoder|None: return self.decoder(device) if self.finished("decoder") and not self.config.stage1.decoder_obs else None # for tools that read latents by themselves
     def policy(self, device="cpu") -> LatentPolicy|IDMPolicy|BCPolicy|FeaturePolicy: return self._load("policy", self.new_policy(), device)
     def idm(self, device="cpu") -> ActionIDM: return self._load("idm", self.new_idm(), device)
     def new_lam(self) -> LAM: return build_lam(self.config.lam, self.observed)
-    def new_decoder(self) -> ActionDecoder: return ActionDecoder(self.config.lam.latent_dim, self.spec.act_dim, self.config.decoder)
+    def new_decoder(self) -> ActionDecoder: return ActionDecoder(self.config.lam.latent_dim, self.spec.act_dim, self.config.decoder, self.observed if self.config.stage1.decoder_obs else None)
     def new_idm(self) -> ActionIDM: return ActionIDM(self.config.lam.window, self.observed, self.spec.act_dim, self.config.lam)
     def fresh_policy(self) -> torch.nn.Module: # `new_policy` as training begins with it: with the ResNet's weights from a file, if `policy.weights` names one
         policy, name = self.new_policy(), self.config.policy.weights
@@ -163,14 +164,14 @@ class _Weights(_Record):
         if c.stage2.flow_steps: return FlowPolicy(obs, c.lam.latent_dim, c.stage2.flow_steps, c.policy)
         return LatentPolicy(obs, c.lam.latent_dim, c.policy) if init == "scratch" else IDMPolicy(self.new_lam().idm, obs, c.lam.latent_dim, c.lam, c.policy, init == "idm-frozen")
 
-# %% ../../nbs/52_train.checkpoint.ipynb #aae374d0
+# %% ../../nbs/52_train.checkpoint.ipynb #dc5cebd5
 def _scaling(view, cfg: Config) -> Normaliser: # of states
     if not cfg.standardise: return Normaliser.identity(view.spec.obs_dim)
     return Normaliser.fit(view.obs, history=view.spec.history if cfg.history_as_change else ())
 
 def _only_states(cfg: Config): # ConfigError for options that need pictures
     if cfg.policy.image_encoder == "act": raise ConfigError("the policy of Appendix F reads pictures", got=f"policy.image_encoder act with model {cfg.lam.model}", fix=f"use model {' or '.join(IMAGE_MODELS)}")
-    for name, v, d in (("lam.frame_stack", cfg.lam.frame_stack, 1), ("stage2.policy_init", cfg.stage2.policy_init, "scratch")):
+    for name, v, d in (("lam.frame_stack", cfg.lam.frame_stack, 1), ("stage2.policy_init", cfg.stage2.policy_init, "scratch"), ("stage1.outside_weight", cfg.stage1.outside_weight, 1.)):
         if v != d: raise ConfigError(f"{name} is for pictures", got=f"{v} with model {cfg.lam.model}", expected=d, fix=f"use model {' or '.join(IMAGE_MODELS)}")
 
 def pictures_of(store, cfg: Config) -> Pictures|None:
@@ -178,12 +179,12 @@ def pictures_of(store, cfg: Config) -> Pictures|None:
     lam, shape = cfg.lam, store.spec.frame_shape
     if lam.model not in IMAGE_MODELS: return _only_states(cfg)
     if cfg.stage1.label_shift: raise ConfigError("stage1.label_shift is for states", got=f"{cfg.stage1.label_shift} with model {lam.model}", expected=0)
-    if cfg.stage2.flow_steps: raise ConfigError("stage2.flow_steps is for states", got=f"{cfg.stage2.flow_steps} with model {lam.model}", expected=0)
     if lam.hand_state and (cfg.stage1.reversal_weight or cfg.stage1.additivity_weight or cfg.stage1.horizon > 1): raise ConfigError("comparing distant frames is not possible beside the hand", got="hand_state=True", fix="leave lam.hand_state off, or horizon at 1 and reversal and additivity at 0")
     if lam.hand_state and cfg.stage2.policy_init != "scratch": raise ConfigError("a policy sees pictures, this inverse model also the hand", got=f"hand_state with policy_init {cfg.stage2.policy_init}", fix="use stage2.policy_init scratch, or leave lam.hand_state off")
     if cfg.policy.image_encoder == "act" and (lam.frame_stack > 1 or cfg.stage2.chunk > 1 or cfg.stage2.policy_init != "scratch"): raise ConfigError("the policy of Appendix F sees one moment, has its own chunks and its own eyes", got=f"lam.frame_stack={lam.frame_stack}, stage2.chunk={cfg.stage2.chunk}, stage2.policy_init={cfg.stage2.policy_init}", fix="leave these at 1, 1 and scratch; policy.chunk is its chunk")
     make = f"`clam data make {store.name} --frames"
     if shape is None: raise DatasetError("dataset has no frames", "states only", "frames [R, Hh, Ww, C]", f"make it with {make}`, or use model mlp or transformer", store.name)
+    if cfg.stage1.outside_weight < 1 and store.mask is None: raise DatasetError("dataset has no masks of the agent", f"outside_weight={cfg.stage1.outside_weight}", "mask [R, Hh, Ww]", f"make it with {make} --masks`, or leave stage1.outside_weight at 1", store.name)
     if shape[0] != shape[1]: raise DatasetError("frames are not square", list(shape), "[side, side, C]", "crop them before importing", store.name)
     if lam.model == "space_time" and shape[0] % lam.patch: raise DatasetError("patches do not tile the frames", f"frames of {shape[0]} pixels, lam.patch {lam.patch}", f"a side that is a multiple of {lam.patch}", f"make them with {make} --frame-size {max(1, round(shape[0]/lam.patch))*lam.patch}`, or choose another lam.patch", store.name)
     hand = HAND.get(store.spec.name.split("/")[0]) if lam.hand_state else None

@@ -20,8 +20,8 @@ from .stage1 import _decoder_stage, _lam_stage
 from .stage2 import fit_policy, train_stage2
 
 # %% auto #0
-__all__ = ['QUANTISERS', 'METHODS', 'SHARED', 'method_config', 'train_lapo', 'descent', 'code_labels', 'new_namer', 'train_lapa',
-           'new_dynamo', 'train_dynamo', 'train_method', 'adopt']
+__all__ = ['QUANTISERS', 'METHODS', 'SEES', 'SHARED', 'method_config', 'train_lapo', 'descent', 'code_labels', 'new_namer',
+           'train_lapa', 'new_dynamo', 'train_dynamo', 'train_method', 'adopt']
 
 # %% ../../nbs/58_train.latent_baselines.ipynb #677e2244
 QUANTISERS = {"lapo": dict(lam__quantise="vq-lapo", lam__latent_dim=128), "lapa": dict(lam__quantise="vq-repo")} # unless the configuration names one
@@ -32,9 +32,9 @@ def method_config(method: str, cfg: Config) -> Config:
     own = QUANTISERS[method] if cfg.lam.quantise == "none" else {}
     return cfg.replace(**own, stage1__joint=False, stage2__decoded_weight=0.)
 
-# %% ../../nbs/58_train.latent_baselines.ipynb #f18eeb85
+# %% ../../nbs/58_train.latent_baselines.ipynb #2bc492e5
 def _lam_of_all(run: Run, store, device, callbacks, loop) -> bool: # the LAM from observations alone; True when it is there
-    if not run.finished("lam"): _lam_stage(run, WindowData(run.splits.unlabelled_view(store), run.normaliser, run.config.lam.n_extra_context, device), None, device, callbacks, loop)
+    if not run.finished("lam"): _lam_stage(run, WindowData(run.splits.unlabelled_view(store), run.normaliser, run.config.lam.n_extra_context, device, run.config.stage1.outside_weight), None, device, callbacks, loop)
     return run.finished("lam")
 
 def train_lapo(store, cfg: Config, run, callbacks=(), resume: bool=False, device="cpu", **loop) -> Run:
@@ -126,8 +126,18 @@ def train_dynamo(store, cfg: Config, run, callbacks=(), resume: bool=False, devi
             _clone(run, store, lambda policy: policy.encoder.load_state_dict(eyes), device, callbacks, loop)
     return run
 
-# %% ../../nbs/58_train.latent_baselines.ipynb #69e9ba94
+# %% ../../nbs/58_train.latent_baselines.ipynb #b366ea68
 METHODS: dict[str, Callable] = {**{m: functools.partial(baselines.train_method, m) for m in baselines.METHODS}, "lapo": train_lapo, "lapa": train_lapa, "dynamo": train_dynamo}
+
+SEES: dict[str, dict[str, tuple]] = { # method -> sets of `clam.data.splits` whose observations, whose actions it reads
+    "clam": dict(observations=("unlabelled", "expert", "labelled"), actions=("labelled",)),
+    "bc-al": dict(observations=("labelled",), actions=("labelled",)),
+    "bc-expert": dict(observations=("expert",), actions=("expert",)), # privileged
+    "vpt": dict(observations=("labelled", "expert"), actions=("labelled",)),
+    "lapo": dict(observations=("unlabelled", "expert", "labelled"), actions=("labelled",)),
+    "lapa": dict(observations=("unlabelled", "expert", "labelled"), actions=("labelled",)),
+    "dynamo": dict(observations=("unlabelled", "labelled"), actions=("labelled",)),
+}
 
 def train_method(
     method: str,          # one of `METHODS`

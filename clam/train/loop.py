@@ -19,13 +19,14 @@ from .losses import mse
 __all__ = ['Batch', 'WindowData', 'augmented', 'Sampler', 'lr_at', 'Optimiser', 'has_bf16', 'precision', 'TrainState', 'Callback',
            'ProgressBar', 'interruptible', 'run_loop', 'regression']
 
-# %% ../../nbs/51_train.loop.ipynb #24bce88c
+# %% ../../nbs/51_train.loop.ipynb #bdbc93a4
 class Batch(NamedTuple):
     "Windows of some transitions, normalised."
     win: torch.Tensor       # [B, W, S], or [B, W, C, Hh, Ww] in [0, 1]
     t: torch.Tensor         # [B] step of o_t in its episode
     act: torch.Tensor|None  # [B, A], None when the view hides its actions
     hand: torch.Tensor|None = None # [B, W, 4], only where the model asks for it
+    weight: torch.Tensor|None = None # [B, W, C, Hh, Ww], what each pixel counts in the reconstruction, only where a mask is asked for
     @property
     def inputs(self) -> tuple: return (self.win, self.t) if self.hand is None else (self.win, self.t, self.hand) # what a model is called with
 
@@ -38,8 +39,8 @@ def _seen(view, normaliser): # the flat observations that a run with this normal
     return normaliser.apply(np.asarray(view.obs, np.float32))
 
 class WindowData:
-    "The windows of a view as tensors on `device`; actions only if the view shows them. Pictures stay bytes until a batch asks for them."
-    def __init__(self, view, normaliser: Normaliser|Pictures, H: int=1, device="cpu"):
+    "The windows of a view as tensors on `device`; actions only if the view shows them. Pictures stay bytes until a batch asks for them. `outside` below 1 is the weight of pixels that the view's masks leave out."
+    def __init__(self, view, normaliser: Normaliser|Pictures, H: int=1, device="cpu", outside: float=1.):
         seen, act, k = _seen(view, normaliser), view.act if view.has_actions else None, getattr(normaliser, "stack", 1)
         put = lambda a: torch.from_numpy(np.array(a)).to(device)
         self.lengths, self.H, self.device, self.pictures = np.asarray(view.lengths), H, torch.device(device), normaliser if normaliser.reads == "frames" else None
@@ -48,6 +49,7 @@ class WindowData:
         self.stacked, self.rows = self.rows.unfold(1, k, 1), self.rows[:, k-1:]                               # [N, W, k] and [N, W]
         self.act = None if act is None else put(act)
         self.hand = put(view.obs[:, slice(*normaliser.hand)]) if self.pictures and normaliser.hand else None  # [R, 4]
+        self.outside, self.mask = outside, put(view.mask) if outside < 1 else None                            # [R, Hh, Ww]
     def __len__(self) -> int: return len(self.rows) # transitions N
     def _look(self, rows): # rows [..., k] -> [..., k*C, Hh, Ww]
         return self.pictures.apply(self.obs.index_select(0, rows.flatten()).view(*rows.shape, *self.obs.shape[1:]))
@@ -55,7 +57,10 @@ class WindowData:
         if self.pictures: return self._look(self.stacked.index_select(0, idx))
         return self.obs.index_select(0, self.rows.index_select(0, idx).view(-1)).view(len(idx), -1, self.obs.shape[1])
     def batch(self, idx) -> Batch: # idx [B] transitions
-        return Batch(self.windows(idx), self.t.index_select(0, idx), None if self.act is None else self.act.index_select(0, idx), None if self.hand is None else self.hand[self.rows.index_select(0, idx)])
+        return Batch(self.windows(idx), self.t.index_select(0, idx), None if self.act is None else self.act.index_select(0, idx), None if self.hand is None else self.hand[self.rows.index_select(0, idx)], None if self.mask is None else self._weight(self.stacked.index_select(0, idx)))
+    def _weight(self, rows): # rows [B, W, k] -> [B, W, k*C, Hh, Ww], 1 where the mask is, `outside` elsewhere
+        w = torch.where(self.mask[rows], 1., self.outside)
+        return w.repeat_interleave(self.obs.shape[-1], 2)
     def current(self, idx=None) -> torch.Tensor: # o_t of transitions `idx [B]`, or of every one: [N, S]
         idx = torch.arange(len(self), device=self.device) if idx is None else idx
         return self._look(self.stacked[:, CURRENT].index_select(0, idx)) if self.pictures else self.obs.index_select(0, self.rows[:, CURRENT].index_select(0, idx))

@@ -7,21 +7,29 @@ from __future__ import annotations
 import torch, torch.nn.functional as F
 
 # %% auto #0
-__all__ = ['mse', 'recon_loss', 'cheat_loss', 'action_loss', 'grad_norm']
+__all__ = ['mse', 'weighted_mse', 'recon_loss', 'cheat_loss', 'action_loss', 'grad_norm']
 
-# %% ../../nbs/50_train.losses.ipynb #781f2161
+# %% ../../nbs/50_train.losses.ipynb #5073530b
 def mse(pred, target) -> torch.Tensor: # mean over all elements, in float32; shapes must be equal
     "Mean squared error without broadcasting."
     if pred.shape != target.shape: raise ValueError(f"shapes differ: {list(pred.shape)} and {list(target.shape)}")
     return F.mse_loss(pred.float(), target.float())
 
-def recon_loss(pred, win, unit=1.) -> torch.Tensor: # pred [B, K, S], win [B, W, S], unit [S] or 1
-    "Error of the predicted frames, the window's last K, in `unit`s (equation 1)."
-    return mse(pred/unit, win[:, -pred.shape[1]:]/unit)
+def weighted_mse(pred, target, weight=None) -> torch.Tensor: # pred, target [B, ...]; weight of the same shape after broadcasting, 0 or more
+    "Mean squared error with a weight for each element; equal weights give `mse`."
+    if weight is None: return mse(pred, target)
+    if pred.shape != target.shape: raise ValueError(f"shapes differ: {list(pred.shape)} and {list(target.shape)}")
+    w = weight.float().expand_as(pred)
+    return (w*(pred.float()-target.float()).square()).sum()/w.sum().clamp(min=1e-12)
 
-def cheat_loss(win, K: int=1, unit=1.) -> torch.Tensor: # win [B, W, S], unit [S] or 1
+def recon_loss(pred, win, unit=1., weight=None) -> torch.Tensor: # pred [B, K, S], win [B, W, S], unit [S] or 1, weight like win or None
+    "Error of the predicted frames, the window's last K, in `unit`s (equation 1)."
+    K = pred.shape[1]
+    return weighted_mse(pred/unit, win[:, -K:]/unit, None if weight is None else weight[:, -K:])
+
+def cheat_loss(win, K: int=1, unit=1., weight=None) -> torch.Tensor: # win [B, W, S], unit [S] or 1, weight like win or None
     "Error of predicting that nothing moves, over the same K frames in the same units (Appendix B)."
-    return mse(win[:, -K-1:-1]/unit, win[:, -K:]/unit)
+    return weighted_mse(win[:, -K-1:-1]/unit, win[:, -K:]/unit, None if weight is None else weight[:, -K:])
 
 def action_loss(pred, act) -> torch.Tensor: # both [B, A]
     "Error of decoded actions (equation 2)."

@@ -15,7 +15,7 @@ from .losses import action_loss, cheat_loss, grad_norm, recon_loss
 # %% auto #0
 __all__ = ['JointStep', 'train_stage1']
 
-# %% ../../nbs/53_train.stage1.ipynb #6e765947
+# %% ../../nbs/53_train.stage1.ipynb #6e43d8a5
 class JointStep:
     "`step(i)`: update `i` of Algorithm 1. Returns `recon_loss`, `cheat_loss`, on labelled updates `action_loss`, now and then gradient norms."
     def __init__(self, lam, decoder, unlabelled: WindowData, labelled: WindowData|None, cfg: Stage1Config, seed: int, positional=None, grad_every: int|None=None):
@@ -35,11 +35,12 @@ class JointStep:
     def reconstruct(self): # -> recon, cheat on a fresh batch, what quantised or Gaussian latents have to say, and the options' weighted losses
         idx = self.draw.next(); b, unit = self.unlabelled.batch(idx), self.lam.step_std
         with self.amp(): out, terms = self.extras(self.lam, self.unlabelled, idx, b) if self.extras else (self.lam(*b.inputs), {})
-        return recon_loss(out.pred, b.win, unit), cheat_loss(b.win, out.pred.shape[1], unit), out.aux, terms
+        return recon_loss(out.pred, b.win, unit, b.weight), cheat_loss(b.win, out.pred.shape[1], unit, b.weight), out.aux, terms
 
     def ground(self): # -> action loss on a fresh labelled batch: IDM and decoder only
         b = self.labelled.batch(self.draw_labelled.next())
-        with self.amp(): act = self.decoder(self.lam.label(augmented(b.win, self.cfg, self.positional), *b.inputs[1:]))
+        win = augmented(b.win, self.cfg, self.positional)
+        with self.amp(): act = self.decoder(self.lam.label(win, *b.inputs[1:]), *self.decoder.beside(win))
         return action_loss(act, b.act)
 
     def __call__(self, i: int) -> dict:
@@ -56,13 +57,13 @@ class JointStep:
         if grounded: self.opt_decoder.step(i)
         return {"recon_loss": recon.detach(), "cheat_loss": cheat, **{k: v.detach() for k, v in (aux | terms).items()}, **out}
 
-# %% ../../nbs/53_train.stage1.ipynb #d44f1575
+# %% ../../nbs/53_train.stage1.ipynb #f44ceb3c
 def _decoder_stage(run: Run, labelled: WindowData, device, callbacks, loop) -> bool: # the -JT arm's second half: decoder on frozen latents
     cfg = run.config; s1 = cfg.stage1; lam = run.lam(device)
     with seed_everything(sub_seed(cfg.seed, "decoder")): decoder = run.new_decoder().to(device)
     def draw(idx):
         b = labelled.batch(idx)
-        with torch.no_grad(): return (lam.label(*b.inputs),), b.act
+        with torch.no_grad(): return (lam.label(*b.inputs), *decoder.beside(b.win)), b.act
     reg = RegressionConfig(updates=max(1, s1.updates//s1.decoder_every), batch=s1.labelled_batch, optim=s1.decoder_optim, autocast=s1.autocast)
     state, step = regression(decoder, draw, len(labelled), reg, sub_seed(cfg.seed, "decoder"), "action_loss", device)
     done = train_stage(run, "decoder", state, step, reg.updates, callbacks, **loop)
@@ -78,7 +79,7 @@ def _lam_stage(run: Run, unlabelled: WindowData, labelled: WindowData, device, c
     if done: end_stage(run, "stage1", lam=lam, **({"decoder": decoder} if s1.joint else {}))
     return done
 
-# %% ../../nbs/53_train.stage1.ipynb #ba48f1bf
+# %% ../../nbs/53_train.stage1.ipynb #e235ccd2
 def train_stage1(
     store,                # the whole dataset; only unlabelled observations and labelled episodes are read
     cfg: Config,
@@ -95,6 +96,6 @@ def train_stage1(
         if run.finished("lam", "decoder"): return run
         H, norm, splits = cfg.lam.n_extra_context, run.normaliser, run.splits
         labelled = WindowData(splits.labelled_view(store), norm, H, device)
-        if not run.finished("lam"): _lam_stage(run, WindowData(splits.unlabelled_view(store), norm, H, device), labelled, device, callbacks, loop)
+        if not run.finished("lam"): _lam_stage(run, WindowData(splits.unlabelled_view(store), norm, H, device, cfg.stage1.outside_weight), labelled, device, callbacks, loop)
         if run.finished("lam") and not run.finished("decoder"): _decoder_stage(run, labelled, device, callbacks, loop)
     return run

@@ -139,7 +139,7 @@ def report_html(data: ReportData, umap_seconds: float=60.) -> str:
     return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><meta name="color-scheme" content="light dark"><title>{_e(data.title)}</title><style>{CSS}</style>'
             f'<script>{get_plotlyjs()}</script></head><body><main><h1>{_e(data.title)}</h1><p class="lead">{_e(headline(data))}</p>{_tiles(data)}{body}</main></body></html>')
 
-# %% ../../nbs/85_widgets.report.ipynb #4331e76d
+# %% ../../nbs/85_widgets.report.ipynb #7488a5d3
 MAX_FILM, MAX_POINTS = 300_000, 3000   # bytes of a film, points on the map
 
 def _encode(ep) -> bytes: # a film of at most MAX_FILM bytes
@@ -156,7 +156,9 @@ def _latents(run, seed: int=0): # latents of expert transitions and what to colo
     run = Run(run); view = run.splits.expert_view(run.dataset())
     z = np.concatenate(relabel(run, view)); t = np.concatenate([np.arange(n) for n in view.lengths])
     keep = np.sort(np.random.default_rng(seed).permutation(len(z))[:MAX_POINTS]); z, t = z[keep], t[keep]
-    with torch.inference_mode(): a = run.decoder()(torch.from_numpy(z)).numpy()
+    decoder = run.z_decoder()
+    if decoder is None: return z, {"time (steps)": t}
+    with torch.inference_mode(): a = decoder(torch.from_numpy(z)).numpy()
     names = ("x", "y", "z", "gripper") if run.spec.name.startswith("metaworld/") else tuple(map(str, range(a.shape[1])))
     return z, {**{f"decoded action {n}": a[:, i] for i, n in enumerate(names)}, "time (steps)": t}
 
