@@ -122,3 +122,13 @@ def test_table_3_is_the_protocol_of_appendix_f():
             c = kitchen_config(p, env); assert (c.eval.episodes, c.policy.chunk, c.policy.ensemble_m, c.policy.image_encoder, c.split.labelled, c.lam.model) == (10, 5, .5, "act", "random", "space_time")
             assert c.split.n_expert == (50 if "pot" in env else 30) and env.endswith(c.split.task)
     assert [c.method for c in plan(3)][:4] == ["bc-al", "lapa", "vpt", "clam"]
+
+def test_table_3_on_the_command_line(tmp_path, monkeypatch, capsys):
+    from clam.cli.evaluate import Table
+    from clam.evaluate.experiments import save_record
+    monkeypatch.setenv("CLAM_DATA", str(tmp_path))
+    for label, returns in (("scripted", [1.]*10), ("clam-space_time", [1., .5]+[0.]*8)):
+        save_record("table3-sim", {"label": label, "env": KITCHEN[1], "seed": 0, "experiment": label, "data_digest": "d", "first_seed": 0, "successes": [r == 1. for r in returns], "returns": returns})
+    rows = {r["method"]: r for r in Table(number=3, run_missing=False).do()["cells"]}
+    assert rows["scripted"]["success"] == 1. and "paper" not in rows["scripted"] and (rows["clam-space_time"]["success"], rows["clam-space_time"]["paper"]) == (.15, .85)
+    assert rows["clam-space_time"]["success_ci95"][0] > 0 and "0.85" in capsys.readouterr().out
