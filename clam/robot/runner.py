@@ -13,7 +13,7 @@ from .recorder import RobotRecorder, from_unit
 from .safety import SafeArm, Sent
 
 # %% auto #0
-__all__ = ['GripperSwitch', 'RobotPolicy', 'Tick', 'timing', 'is_lockstep', 'PolicyRunner']
+__all__ = ['GripperSwitch', 'RobotPolicy', 'Tick', 'timing', 'is_lockstep', 'PolicyRunner', 'agent_policy']
 
 # %% ../../nbs/79_robot.runner.ipynb #0e2de842
 class GripperSwitch:
@@ -116,3 +116,14 @@ class PolicyRunner(_Asking):
         return timing(ticks, self.period_s)
     def timing(self) -> dict: return timing(self.ticks, self.period_s)
     def drive(self, n: int) -> list[Tick]: return asyncio.run(self.steps(n)) # for scripts, where no event loop runs
+
+# %% ../../nbs/79_robot.runner.ipynb #f22ee67e
+def agent_policy(agent, cameras=("external",)) -> RobotPolicy: # `clam.train.agents.load_agent(run)`
+    "An agent of pictures as a policy of the runner: frames of `cameras` to actions in [-1, 1], a chunk [k, 7] where the agent plans, else [7]."
+    plans = agent.ensembler is not None
+    def policy(state, frames: dict, t: int) -> np.ndarray:
+        if missing := [c for c in cameras if c not in frames]: raise RobotError("the arm does not show these cameras", got=", ".join(frames) or "no cameras", expected=", ".join(missing), fix="make the arm with frames of the size that the policy was trained on, e.g. SimArm(frame_px=agent.side)")
+        if t == 0: agent.reset()
+        picture = np.concatenate([frames[c] for c in cameras], -1)
+        return (agent.plan if plans else agent.act)(picture)[0]
+    return policy
