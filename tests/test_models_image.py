@@ -222,7 +222,9 @@ def test_labelled_pass_leaves_batch_statistics_alone(monkeypatch):
     assert any("running_mean" in k for k in moved_by_labelling(lam, win*.3, t))   # the fault is found
 
 def test_default_model_has_no_statistics():
-    assert not [k for k, _ in make("conv").named_buffers()] and not [k for k, _ in make("space_time").named_buffers()]
+    for model in IMAGE_MODELS:
+        lam = make(model); assert [k for k, _ in lam.named_buffers()] == ["idm.step_std"]      # the unit of change, which training does not move
+        before = lam.step_std.clone(); lam.train()(*windows()[:2]); assert torch.equal(lam.step_std, before)
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_labelled_pass_leaves_the_codebook_alone(kind, monkeypatch):
