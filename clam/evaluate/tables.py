@@ -107,7 +107,7 @@ def predicted_frames(run, store=None, n: int=4, view: str="heldout_expert") -> d
 
 def save_frames(table: str, cells, root=None) -> Path|None:
     "Write `frames.npz` beside the records of a table: `<label>.before`, `.true`, `.predicted` of each CLAM with a Stage 1 of its own that is trained."
-    runs = {label(c.method, c.cfg): c.run for c in cells if c.method == "clam" and not c.stage1 and Run(c.run).exists and Run(c.run).finished("lam")}
+    runs = {label(c.method, c.cfg): c.run for c in cells if c.method == "clam" and c.shared in (None, c.run) and Run(c.run).exists and Run(c.run).finished("lam")}
     if not runs: return None
     path = (Path(root) if root else data_dir("results"))/table/"frames.npz"
     with atomic_file(path) as f: np.savez_compressed(f, **{f"{name}.{k}": v for name, run in runs.items() for k, v in predicted_frames(run).items()})
