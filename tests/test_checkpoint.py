@@ -229,7 +229,9 @@ def test_a_pickle_is_refused_and_not_run(store, tmp_path, monkeypatch):
 def test_no_loader_that_could_run_code():
     import clam.train
     bad = re.compile(r"(?<!safetensors\.)torch\.(load|save)\(|(?<!allow_)pickle|allow_pickle=True|(?<![\w.`])(eval|exec)\(")
-    for f in Path(clam.train.__file__).parent.glob("*.py"): assert not bad.search(f.read_text()), f"{f.name}: {bad.search(f.read_text())}"
+    for f in Path(clam.train.__file__).parent.glob("*.py"):
+        text = re.sub(r"torch\.load\([^()]*weights_only=True\)", "", f.read_text())      # refuses everything but tensors; tried with an evil file in test_act.py
+        assert not bad.search(text), f"{f.name}: {bad.search(text)}"
     assert bad.search("torch.load(f)") and bad.search("import pickle") and not bad.search("safetensors.torch.load(f); m.eval()")
 
 @pytest.mark.parametrize("content", [b"", b"\xff"*7, b"\xff"*64, (2**40).to_bytes(8, "little")+b"{}", b"\x02\0\0\0\0\0\0\0{}", b"\x10\0\0\0\0\0\0\0"+b'{"a":{"dtype":1}'])

@@ -220,7 +220,6 @@ def test_arms_take_over_one_stage_1(store, tmp_path):
     assert not Run(tmp_path/"arm").metrics("stage1") and Run(tmp_path/"arm").metrics("stage2")
     assert run_table("t", cells, root=tmp_path, quiet=True, threads=1) == [a, b]
     with pytest.raises(CheckpointError, match="another kind"): run_method("clam", store, arm.replace(stage1__beta=2.), tmp_path/"other", quiet=True, shared=first)
-    with pytest.raises(CheckpointError, match="another kind"): run_method("clam", store, arm, tmp_path/"x", quiet=True, shared=train(store, tmp_path/"bc", "bc-al"))
 
 @pytest.mark.parametrize("model", IMAGE_MODELS)
 def test_pixels_have_one_unit_of_change(store, tmp_path, model):

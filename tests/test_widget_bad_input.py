@@ -27,7 +27,7 @@ WORDS = {                   # what the view says; "" where it has nothing specia
     "reconstruction": {"one episode": "One episode", "constant latents": "ignores z", "some NaN": "not finite and are left out", "all NaN": "diverged", "no frames": "No pictures", "one number": "", "64 numbers": "", "no actions": "no action oracle", "nothing selected": "Click a point"},
     "rollouts":       {"one episode": "page 1 of 1", "constant latents": "", "some NaN": "", "all NaN": "", "no frames": "no simulator", "one number": "", "64 numbers": "", "no actions": "cannot be replayed", "nothing selected": ""},
     "steering":       {"one episode": "", "constant latents": "", "some NaN": "not finite", "all NaN": "not finite", "no frames": "no simulator", "one number": "", "64 numbers": "", "no actions": "True actions are not known", "nothing selected": "Choose a transition"},
-    "health":         {"one episode": "at least two episodes", "constant latents": "z is the same for every transition", "some NaN": "not finite", "all NaN": "diverged", "no frames": "", "one number": "too narrow", "64 numbers": "", "no actions": "without true actions", "nothing selected": ""}}
+    "health":         {"one episode": "at least two episodes", "constant latents": "z is the same for every transition", "some NaN": "not finite", "all NaN": "diverged", "no frames": "", "one number": "directions in which z varies, of 1", "64 numbers": "", "no actions": "without true actions", "nothing selected": ""}}
 
 def said(w) -> str: # all words of a tree of widgets
     own = str(w.value) if isinstance(w, W.HTML) else " ".join(a.text or "" for a in w.layout.annotations) if hasattr(w, "add_trace") else ""
