@@ -58,7 +58,7 @@ class LiveCurve:
         return [{"stage": s, "update": x, k: y} for (s, k), c in self.curves.items() for x, y in zip(c.x, c.y)]
     def static(self) -> go.Figure: return training_curves(self.rows(), title=self.title, height=self.height)
 
-# %% ../../nbs/83_widgets.live.ipynb #bab09819
+# %% ../../nbs/83_widgets.live.ipynb #c1709eb8
 def _view(self) -> Plot: # the live figure, made when first asked for
     if self._fig is None:
         self._fig = Plot(style(go.Figure(), self.title, "gradient updates", "loss (mean squared error)", self.height))
@@ -70,7 +70,7 @@ def _draw(self): # put what is kept into the figure
     while len(fig.data) < len(self.curves):
         (stage, k) = list(self.curves)[len(fig.data)]
         fig.add_scatter(x=[], y=[], mode="lines", name=f"{stage}: {name_of(k)}" if stage else name_of(k), line=dict(color=colour_of(k if k in COLOURS else stage+k), width=2))
-    fig.plotly_restyle({"x": [c.x for c in self.curves.values()], "y": [c.y for c in self.curves.values()]}, [*range(len(self.curves))])     # one message: nothing piles up in a slow page
+    fig.plotly_restyle({"x": [[*c.x] for c in self.curves.values()], "y": [[*c.y] for c in self.curves.values()]}, [*range(len(self.curves))])     # one message: nothing piles up in a slow page; copies, for plotly compares with what it holds
     fig.layout.title.text = f"{self.title} {self.stage} {max(c.x[-1] for c in self.curves.values() if c.x)} / {self.total}".strip()
     if self._handle is None and in_notebook():
         from IPython.display import display

@@ -30,7 +30,7 @@ curve = LiveCurve("planted"); curve.on_start(0, 200)
 for i in range(200): curve.on_log({"stage": "stage1", "update": i, "recon_loss": 1/(1+i)}); time.sleep(.1)
 drawn = curve.draws; curve.on_end()'''])
     b.run_all(wait=False); plot = ".jp-OutputArea-output:has(.js-plotly-plot)"
-    last = lambda: b.at(plot).evaluate("el => { const t = el.querySelector('.js-plotly-plot')._fullData[0]; return t ? t.x[t.x.length-1] : -1; }")
+    last = lambda: b.at(plot).evaluate("el => { const t = (el.querySelector('.js-plotly-plot')?._fullData ?? [])[0]; return t ? t.x[t.x.length-1] : -1; }")
     first = until(lambda: max(last(), 0), 60, "no curve was drawn"); assert first < 199, "only the finished curve was seen"
     until(lambda: last() > first, 20, "the curve stands still"); b.finish(); assert b.ask("drawn") > 5
 
