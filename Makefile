@@ -1,12 +1,13 @@
 # make demo   the whole story on MetaWorld Assembly, about ten minutes: report.html with numbers, plots and videos
 # make lab    JupyterLab on the tour
 # make test   everything continuous integration checks
+# make soak   the long versions: ten thousand hostile actions on each arm backend, a thousand bus faults, twenty seeds of planted faults
 # make bench  throughput against plain loops
 # make docs   the Quarto site (needs quarto)
 SHELL := /bin/bash
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help setup gl browser demo lab test docs readme clean
+.PHONY: help setup gl browser demo lab test soak docs readme clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
@@ -34,6 +35,9 @@ test: setup gl browser ## export is fresh, notebooks run, tests pass
 	@.ci/quiet "clam/ is what the notebooks export" .ci/fresh
 	@.ci/quiet "notebooks run" .ci/notebooks
 	@.ci/quiet "tests pass" .ci/tests
+
+soak: setup gl ## the tests that are short in `make test`, at full length
+	@CLAM_SOAK=1 OMP_NUM_THREADS=1 CLAM_QUIET=1 $(BIN)/python -m pytest -n 2 -m soak tests $(ARGS)
 
 bench: setup gl ## throughput against plain reference loops, as ratios
 	@$(BIN)/clam bench $(ARGS)

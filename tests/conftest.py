@@ -1,5 +1,10 @@
 """What holds for all tests."""
-import signal
+import os, signal
+import pytest
 
 # a shell that starts `make test` in the background has it ignore SIGINT, and every process below inherits that: tests that interrupt would fail
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+@pytest.fixture(scope="session")
+def many(): # `many(10_000)`: that many in `make soak`, a fifth of them in `make test`
+    return lambda n: n if os.environ.get("CLAM_SOAK") else n//5

@@ -1,4 +1,4 @@
-"""The health report's verdicts: right for every planted fault of the toy over twenty seeds, and for faults of trained models;
+"""The health report's verdicts: right for every planted fault of the toy (over twenty seeds in `make soak`), and for faults of trained models;
 strict JSON, seeded, silent about what it cannot know, and fast on ten thousand transitions."""
 import json, time
 import numpy as np, pytest, torch
@@ -13,13 +13,14 @@ from clam.train.stage1 import train_stage1
 
 WANT = {"healthy": "ready", "ungrounded": "not decodable", "distracted": "not decodable", "leaking": "leaking", "collapsed": "collapsed"}
 
+@pytest.mark.soak
 @pytest.mark.parametrize("kind", WANT)
-def test_planted_faults_of_linear_models_over_twenty_seeds(kind):
+def test_planted_faults_of_linear_models_over_many_seeds(kind, many):
     noise, got = 6 if kind == "distracted" else 0, []
-    for seed in range(20):
+    for seed in range(many(20)):
         lam = linear_lam(kind, toy_episodes(60, seed=1000+seed, noise_dims=noise), toy_episodes(5, seed=2000+seed, skill=0.))
         got.append(health(lam, toy_episodes(24, seed=3000+seed, noise_dims=noise)).verdict)
-    assert got == [WANT[kind]]*20
+    assert got == [WANT[kind]]*many(20)
 
 class Mute(MLPIDM):
     "An inverse model that always says zero."

@@ -54,9 +54,11 @@ def plain_space_time(P, cfg, win, t, hand):
     def place(part, i, n): return P[f"{part}.places.time.weight"][rows[i]] + P[f"{part}.places.space.weight"][:n]
     def tell(part, x, i):
         if not cfg.hand_state: return x
-        h = lin(P, f"{part}.hand.embed", hand[i]); return lin(P, f"{part}.hand.mix", torch.cat([x, h.expand(len(x), -1)], -1))
-    seen = win
-    if cfg.idm_input == "difference": seen = torch.stack([torch.cat([win[i], win[i]-win[max(0, i-1)]]) for i in range(W)])
+        told = hand[i]
+        if part == "idm" and cfg.idm_input == "difference": told = torch.cat([told, (told-hand[max(0, i-1)])/(P["idm.hand_std"].detach() if cfg.step_units else 1.)])
+        h = lin(P, f"{part}.hand.embed", told); return lin(P, f"{part}.hand.mix", torch.cat([x, h.expand(len(x), -1)], -1))
+    seen, unit = win, P["idm.step_std"].detach() if cfg.step_units else 1.
+    if cfg.idm_input == "difference": seen = torch.stack([torch.cat([win[i], (win[i]-win[max(0, i-1)])/unit]) for i in range(W)])
     x = [torch.cat([P["idm.token"][0, 0], leaky(lin(P, "idm.embed.0", tokens(f, p)))]) for f in seen]
     x = [tell("idm", f, i) for i, f in enumerate(x)]; N = len(x[0])
     for n in range(cfg.n_layers): x = plain_block(P, f"idm.blocks.{n}", cfg, x, [place("idm", i, N) for i in range(W)])
@@ -69,7 +71,7 @@ def plain_space_time(P, cfg, win, t, hand):
         for r, c in itertools.product(range(n), range(n)): out[:, r*p:(r+1)*p, c*p:(c+1)*p] = patches[r, c].permute(2, 0, 1)
         return out
     pred = torch.stack([picture(lin(P, "fdm.head", f)) for f in x])
-    return z, pred + win[:-1] if cfg.fdm_target == "delta" else pred
+    return z, pred*unit + win[:-1] if cfg.fdm_target == "delta" else pred
 
 def conv(P, name, x): # 3x3 with padding: nine shifted matrix products
     w, (h, v) = P[name+".weight"], x.shape[1:]; y = F.pad(x, (1, 1, 1, 1))
@@ -118,7 +120,7 @@ def plain_conv(P, cfg, win, t, hand):
     return z[None], (win[-2]+y if cfg.fdm_target == "delta" else (y+1)/2)[None]
 
 ST = [dict(model="space_time", **kw) for kw in (dict(), dict(hand_state=True, position="relative"), dict(n_extra_context=0, cross_mask="none"),
-      dict(n_extra_context=2, idm_input="difference", fdm_target="delta", hand_state=True), dict(spare_weights=False, cross_mask="none", position="relative"))]
+      dict(n_extra_context=2, idm_input="difference", fdm_target="delta", hand_state=True), dict(idm_input="difference", fdm_target="delta", hand_state=True, step_units=True), dict(spare_weights=False, cross_mask="none", position="relative"))]
 CONV = [dict(model="conv", **kw) for kw in (dict(), dict(image_encoder="impala", n_extra_context=0), dict(idm_input="difference", fdm_target="delta", conv_width=2), dict(n_extra_context=2),
       dict(idm_input="difference", fdm_target="delta", step_units=True, conv_fold=2), dict(conv_fold=4))]
 named = lambda o: "-".join(str(v) for v in o.values())
@@ -127,7 +129,7 @@ named = lambda o: "-".join(str(v) for v in o.values())
 def test_same_numbers_and_gradients_as_plain_formulas(opt):
     lam = make(**opt).double(); win, t, hand = (v.double() if v.is_floating_point() else v for v in windows(opt.get("n_extra_context", 1), n=2)); t[0] = 0
     for p in lam.parameters(): p.data.add_(.1*torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))        # biases and near-zero heads too
-    if lam.cfg.step_units: lam.fit_steps(win); assert lam.step_std.ndim == 0 and lam.step_std != 1
+    if lam.cfg.step_units: lam.fit_steps(win, hand); assert lam.step_std.ndim == 0 and lam.step_std != 1 and (not lam.cfg.hand_state or (lam.idm.hand_std != 1).all())
     P = {k: v.detach().clone().requires_grad_() for k, v in lam.state_dict().items()}
     out = lam(win, t, hand if lam.cfg.hand_state else None)
     plain = [{"space_time": plain_space_time, "conv": plain_conv}[opt["model"]](P, lam.cfg, win[b], int(t[b]), hand[b]) for b in range(2)]

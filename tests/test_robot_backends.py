@@ -17,7 +17,7 @@ from clam.robot.runner import PolicyRunner
 from clam.robot.safety import Lease, SafeArm, SafetyConfig, SafetyFilter, deadman, hostile_actions, violations
 from clam.robot.sim import SimArm, expert, observe
 
-DT = .02        # fifty requests a second: each is short, so that ten thousand are not long
+DT = .02        # fifty requests a second: each is short, so that ten thousand are not long (`make soak`; `make test` makes 2,000)
 
 class Told: # what a backend was really told, beside what the filter says it sent
     def __init__(self, cfg): self.cfg, self.broken, self.n, self.pose, self.back = cfg, [], 0, None, 0
@@ -40,19 +40,19 @@ def attack(safe, n, seed, told): # what broke, which rules spoke, where the hand
         broken += v; hands.append(safe.log[-1].state.ee[:3, 3])
     return broken, kinds, np.array(hands)
 
-def sound(broken, kinds, hands, told, box):
-    assert not broken and not told.broken, (broken[:3], told.broken[:3]); assert {"finite", "shape", "clip", "speed", "box"} <= kinds and told.n > 1000 and told.back < 10
+def sound(broken, kinds, hands, told, box): # of what `attack` gave
+    assert not broken and not told.broken, (broken[:3], told.broken[:3]); assert {"finite", "shape", "clip", "speed", "box"} <= kinds and told.n > len(hands)//10 and told.back < 10
     assert hands.std(0).min() > .012 and max(box.distance(p) for p in hands) < .015, "it was pushed around, and the arm itself stayed inside"
 
-@pytest.mark.slow
-def test_ten_thousand_hostile_actions_in_the_simulation():
+@pytest.mark.soak
+def test_hostile_actions_in_the_simulation(many):
     arm = SimArm(Kitchen(1, "play")); safe = SafeArm(arm); told = Told(safe.filter.cfg); command = arm.command
     def listen(q, g, t): told.hand(forward_chain(q)); told.broken += [f"told outside the joint limits: {q}"]*bool(((q < LIMITS_RAD[:, 0]) | (q > LIMITS_RAD[:, 1])).any()); command(q, g, t)
     arm.go(POSES["neutral"]); arm.command = listen
-    sound(*attack(safe, 10_000, 31, told), told, safe.filter.cfg.box)
+    sound(*attack(safe, many(10_000), 31, told), told, safe.filter.cfg.box)
 
-@pytest.mark.slow
-def test_ten_thousand_hostile_actions_over_the_bridge():
+@pytest.mark.soak
+def test_hostile_actions_over_the_bridge(many):
     sim = SimArm(Kitchen(1, "play"))
     with BridgeStub(sim) as stub, BridgeArm(port=stub.port, clock=sim, timeout_s={k: 30. for k in ("obs", "move", "hash", "gripper")}) as arm:
         stub.image_size = 8; safe = SafeArm(arm); told = Told(safe.filter.cfg); arm.go(POSES["neutral"]); ask = arm.client._ask
@@ -60,7 +60,7 @@ def test_ten_thousand_hostile_actions_over_the_bridge():
             if m.get("key") == "move" and m["payload"]["duration"] == DT: told.hand(m["payload"]["pose"])
             elif m["type"] == "act" and m["key"] not in ("move", "gripper"): told.broken.append(m["key"])
             return ask(m, *a)
-        arm.client._ask = listen; sound(*attack(safe, 10_000, 41, told), told, safe.filter.cfg.box)
+        arm.client._ask = listen; sound(*attack(safe, many(10_000), 41, told), told, safe.filter.cfg.box)
         assert ((sim.kitchen.targets >= LIMITS_RAD[:, 0]) & (sim.kitchen.targets <= LIMITS_RAD[:, 1])).all()
 
 @pytest.mark.parametrize("space", ["ee_delta", "joint_abs"])

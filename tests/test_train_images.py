@@ -72,6 +72,13 @@ def test_every_method_trains_and_acts(store, tmp_path, method, model):
     x = torch.from_numpy(frames.transpose(0, 3, 1, 2)/np.float32(255)); out = run.policy()(x); assert np.allclose(A, run.decoder()(out) if method == "clam" else out, atol=1e-6)
     for i in range(3): assert np.allclose(agent.act(frames[i])[0], A[i], atol=1e-5)
 
+def test_the_hand_lies_where_the_state_names_it():
+    from clam.data.normalise import HAND
+    from clam.envs.metaworld import OBS_SLICES
+    from clam.robot.sim import SLICES
+    for family, slices in {"metaworld": OBS_SLICES, "widowx": SLICES}.items():
+        lo, hi = HAND[family]; assert {n for n, s in slices.items() if lo <= s.start and s.stop <= hi} == {"hand", "gripper"} and hi-lo == 4
+
 @pytest.mark.parametrize("model, updates, recon, act", [("conv", 100, .9, .6), ("space_time", 60, .99, 1.2)]) # the attention model needs thousands of updates before it sees the push
 def test_a_short_training_lowers_the_losses(store, tmp_path, model, updates, recon, act):
     m = train_stage1(store, config(model, stage1__updates=updates, stage1__batch=16, stage1__labelled_batch=32), tmp_path/"r", quiet=True, log_every=updates//10).metrics("stage1")

@@ -79,8 +79,8 @@ def fit_normaliser(
         constant |= group & (std < floor*typical); std[group & constant] = typical
     return Normaliser(mean, std, tuple(int(i) for i in np.flatnonzero(constant)), history)
 
-# %% ../../nbs/12_data.normalise.ipynb #726cfd60
-HAND = {"metaworld": (0, 4)} # family of environments -> where a state holds the hand's x, y, z and the gripper's opening
+# %% ../../nbs/12_data.normalise.ipynb #aaa29f70
+HAND = {"metaworld": (0, 4), "widowx": (6, 10)} # family of environments -> where a state holds the hand's x, y, z and the gripper's opening (an arm's opening comes first)
 
 @dataclass(frozen=True)
 class Pictures:

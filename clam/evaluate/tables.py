@@ -40,17 +40,17 @@ def table_name(n: int, preset_name: str) -> str: return f"table{n}-{preset_name}
 def paper_cell(n: int|str, label: str, env: str) -> tuple[float, float|None]: # the paper's success and spread
     return PAPER[n][label][tasks_of(n).index(env)]
 
-# %% ../../nbs/64_evaluate.tables.ipynb #603dad8d
-KITCHEN_DATA = dict(episodes=198, frames=64)                       # 40 episodes of play and 158 demonstrations; the paper: 50,000 transitions of play
+# %% ../../nbs/64_evaluate.tables.ipynb #d35820ef
+KITCHEN_DATA = dict(episodes=558, frames=64)                       # 400 episodes of play, 40,000 transitions, and 158 demonstrations; the paper: 50,000 transitions of play
 DEMOS = dict.fromkeys(KITCHEN, 30) | {"widowx/block-in-pot": 50}   # Appendix F
-_ONE_THREAD = dict(lam__patch=16, lam__n_layers=1, stage1__updates=300, stage1__batch=32, stage1__labelled_batch=32, idm__updates=300, idm__batch=32, stage2__updates=200, stage2__batch=16, bc__updates=200, bc__batch=16,
-    policy__image_width=1, policy__embed_dim=64, policy__hidden_dim=128) # what an hour of one thread allows; the paper: 20,000 updates of 256
+_ONE_THREAD = dict(lam__n_layers=1, stage1__updates=4000, stage1__batch=32, stage1__labelled_batch=32, idm__updates=4000, idm__batch=32, stage2__updates=1000, stage2__batch=16, bc__updates=1000, bc__batch=16,
+    policy__image_width=1, policy__embed_dim=64, policy__hidden_dim=128) # what an hour of two threads allows; the paper: 20,000 updates of 256
 _APPENDIX_F = dict(stage2__updates=20_000, stage2__batch=256, bc__updates=20_000, bc__batch=256)
 
 def kitchen_config(preset_name: str, env: str, seed: int=0) -> Config:
-    "One task of Table 3: labelled play, unlabelled experts of this task, the policy of Appendix F, ten rollouts."
+    "One task of Table 3: labelled play, unlabelled experts of this task, inverse and forward model that are told the hand's state, the policy of Appendix F from pictures alone, ten rollouts."
     size = _APPENDIX_F if preset_name == "paper" else _ONE_THREAD
-    return preset(preset_name, "space_time", seed).replace(**size, policy__image_encoder="act", policy__chunk=5, split__task=env.partition("/")[2], split__n_expert=DEMOS[env], split__n_labelled=36, split__labelled="random",
+    return preset(preset_name, "space_time", seed).replace(**size, lam__hand_state=True, lam__step_units=preset_name == "quick", policy__image_encoder="act", policy__chunk=5, split__task=env.partition("/")[2], split__n_expert=DEMOS[env], split__n_labelled=380, split__labelled="random",
         split__heldout_fraction=.05, eval__episodes=10, eval__videos=0, eval__workers=1)
 
 def plan(n: int, preset_name: str="quick", seeds=(0,), tasks=None, labels=None) -> list[Cell]:

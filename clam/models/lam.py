@@ -43,7 +43,11 @@ def hand_input(cfg: LAMConfig, hand, *dims: int) -> dict: # the keyword for a mo
     check_shape(hand, "hand", *dims, HAND_DIM)
     return {"hand": hand}
 
-# %% ../../nbs/46_models.lam.ipynb #92acaad7
+# %% ../../nbs/46_models.lam.ipynb #07a2ac4c
+def _fit_steps(idm, win, hand=None): # units of change of what an inverse model sees
+    idm.step_std.copy_(step_deviation(win))
+    if idm.cfg.hand_state: idm.hand_std.copy_(step_deviation(hand))
+
 class LAM(nn.Module):
     "Latent action model: an inverse model `idm(win, t) -> z` and a forward model `fdm(ctx, z, t) -> pred` (paper equation 1)."
     def __init__(self, cfg: LAMConfig, obs: int|tuple, idm: nn.Module, fdm: nn.Module):
@@ -57,9 +61,9 @@ class LAM(nn.Module):
     @property
     def step_std(self): return torch.as_tensor(self.idm.step_std) # [S] unit of a change; ones unless `fit_steps` was called; a single 1 for pictures
 
-    def fit_steps(self, win): # [B, W, S] windows of the training split
+    def fit_steps(self, win, hand=None): # [B, W, S] windows of the training split, [B, W, 4] the hand beside pictures
         "With `cfg.step_units`, set each dimension's unit of change to its deviation over one step; dimensions that never move keep 1."
-        if self.cfg.step_units: self.step_std.copy_(step_deviation(win))
+        if self.cfg.step_units: _fit_steps(self.idm, win, hand)
 
     def _idm(self, win, t, hand, parts: bool=False): # [B, K, Z], before quantisation
         check_shape(win, "window", None, self.cfg.window, *self.obs_shape)
@@ -102,7 +106,7 @@ def build_lam(cfg: LAMConfig, obs: int|tuple) -> LAM:
     if cfg.model in ("mlp", "transformer") and len(shape) != 1: raise ConfigError(f"{cfg.model} reads states", got=list(shape), expected="[S]", fix=f"use model {' or '.join(IMAGE_MODELS)} for pictures")
     return REGISTRY[cfg.model](cfg, shape[0] if len(shape) == 1 and cfg.model not in IMAGE_MODELS else shape)
 
-# %% ../../nbs/46_models.lam.ipynb #f0b5e900
+# %% ../../nbs/46_models.lam.ipynb #77f072ef
 class ActionIDM(nn.Module):
     "Inverse model with action outputs, for VPT: `win [B, W, S]`, `t [B]` -> `a_t [B, A]`, linear."
     def __init__(self, window: int, obs: int|tuple, act_dim: int, cfg: LAMConfig):
@@ -110,8 +114,8 @@ class ActionIDM(nn.Module):
         if window != cfg.window: raise ConfigError("window does not fit the configuration", got=window, expected=f"{cfg.window} = n_extra_context + 2")
         self.cfg, self.shape = cfg, (window, *obs_shape(obs))
         self.idm = build_lam(dataclasses.replace(cfg, latent_dim=act_dim, quantise="none", gaussian=False), obs).idm
-    def fit_steps(self, win): # as `LAM.fit_steps`
-        if self.cfg.step_units: self.idm.step_std.copy_(step_deviation(win))
+    def fit_steps(self, win, hand=None): # as `LAM.fit_steps`
+        if self.cfg.step_units: _fit_steps(self.idm, win, hand)
     def forward(self, win, t=None, hand=None):
         check_shape(win, "window", None, *self.shape)
         return self.idm(win, t, **hand_input(self.cfg, hand, *win.shape[:2]))[:, -1]

@@ -32,11 +32,11 @@ def train_bc(
         if run.todo("bc", "policy", resume=True): fit_policy(run, "bc", cfg.bc, view, view.act, "action_loss", device, callbacks, loop)
     return run
 
-# %% ../../nbs/56_train.baselines.ipynb #e90fd226
+# %% ../../nbs/56_train.baselines.ipynb #778fe87e
 def _idm_stage(run: Run, labelled: WindowData, device, callbacks, loop) -> bool: # window -> action on the labelled episodes
     cfg = run.config
     with seed_everything(sub_seed(cfg.seed, "idm")): idm = run.new_idm().to(device)
-    if cfg.lam.step_units: idm.fit_steps(labelled.sample())
+    if cfg.lam.step_units: idm.fit_steps(*labelled.sample())
     positional = torch.as_tensor(run.normaliser.positional, device=device)
     def draw(idx): b = labelled.batch(idx); return (augmented(b.win, cfg.stage1, positional), *b.inputs[1:]), b.act # as CLAM's labelled windows
     state, step = regression(idm, draw, len(labelled), cfg.idm, sub_seed(cfg.seed, "idm"), "action_loss", device)

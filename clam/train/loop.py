@@ -19,7 +19,7 @@ from .losses import mse
 __all__ = ['Batch', 'WindowData', 'augmented', 'Sampler', 'lr_at', 'Optimiser', 'has_bf16', 'precision', 'TrainState', 'Callback',
            'ProgressBar', 'interruptible', 'run_loop', 'regression']
 
-# %% ../../nbs/51_train.loop.ipynb #bdbc93a4
+# %% ../../nbs/51_train.loop.ipynb #1ff5c1ec
 class Batch(NamedTuple):
     "Windows of some transitions, normalised."
     win: torch.Tensor       # [B, W, S], or [B, W, C, Hh, Ww] in [0, 1]
@@ -64,8 +64,8 @@ class WindowData:
     def current(self, idx=None) -> torch.Tensor: # o_t of transitions `idx [B]`, or of every one: [N, S]
         idx = torch.arange(len(self), device=self.device) if idx is None else idx
         return self._look(self.stacked[:, CURRENT].index_select(0, idx)) if self.pictures else self.obs.index_select(0, self.rows[:, CURRENT].index_select(0, idx))
-    def sample(self) -> torch.Tensor: # [n, W, S]: windows spread evenly over the view, at most 200,000 (of pictures some hundred)
-        return self.windows(torch.arange(0, len(self), max(1, len(self)//(16*self.chunk if self.pictures else 100_000)), device=self.device))
+    def sample(self) -> tuple: # [n, W, S] and, where the model asks for it, the hand [n, W, 4]: windows spread evenly over the view, at most 200,000 (of pictures some hundred)
+        b = self.batch(torch.arange(0, len(self), max(1, len(self)//(16*self.chunk if self.pictures else 100_000)), device=self.device)); return b.win, b.hand
     @property
     def chunk(self) -> int: return max(8, min(4096, 2**22//(self.stacked[0].numel()*self.obs[0].numel()))) # windows to look at in one go
 

@@ -57,7 +57,7 @@ class JointStep:
         if grounded: self.opt_decoder.step(i)
         return {"recon_loss": recon.detach(), "cheat_loss": cheat, **{k: v.detach() for k, v in (aux | terms).items()}, **out}
 
-# %% ../../nbs/53_train.stage1.ipynb #f44ceb3c
+# %% ../../nbs/53_train.stage1.ipynb #97954266
 def _decoder_stage(run: Run, labelled: WindowData, device, callbacks, loop) -> bool: # the -JT arm's second half: decoder on frozen latents
     cfg = run.config; s1 = cfg.stage1; lam = run.lam(device)
     with seed_everything(sub_seed(cfg.seed, "decoder")): decoder = run.new_decoder().to(device)
@@ -73,7 +73,7 @@ def _decoder_stage(run: Run, labelled: WindowData, device, callbacks, loop) -> b
 def _lam_stage(run: Run, unlabelled: WindowData, labelled: WindowData, device, callbacks, loop) -> bool: # Algorithm 1
     cfg = run.config; s1 = cfg.stage1
     with seed_everything(sub_seed(cfg.seed, "lam")): lam, decoder = run.new_lam().to(device), run.new_decoder().to(device)
-    if cfg.lam.step_units: lam.fit_steps(unlabelled.sample())
+    if cfg.lam.step_units: lam.fit_steps(*unlabelled.sample())
     step = JointStep(lam.train(), decoder.train(), unlabelled, labelled if s1.joint else None, s1, cfg.seed, run.normaliser.positional)
     done = train_stage(run, "stage1", step.state(), step, s1.updates, callbacks, **loop)
     if done: end_stage(run, "stage1", lam=lam, **({"decoder": decoder} if s1.joint else {}))

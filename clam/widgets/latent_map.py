@@ -272,7 +272,7 @@ def _clicked(self, which, of: str=""): # points of the map, or of the marks call
 
 LatentMap.figure, LatentMap.clicked = _figure, _clicked
 
-# %% ../../nbs/84_widgets.latent_map.ipynb #e80e62d6
+# %% ../../nbs/84_widgets.latent_map.ipynb #334d0ee6
 def _show(self, method: str): # draw another projection, in place
     self.drawn = method; self.trusted = self.trusts.get(method)
     if self._ui is None: return
@@ -287,9 +287,9 @@ def _mark(self): # rings around focus, neighbours and pins; what is picked stays
     s, fig, top = self.selection, self._ui.fig, len(self.inspection); inside = lambda numbers: [int(n) for n in numbers if 0 <= n < top]
     focus = [] if s.focus is None else [s.focus]; near = self.moment.near if self.moment is not None and self.moment.n == s.focus else []
     groups, picked = {"nearest in z": inside(near), "pinned": inside(s.pins), "focus": inside(focus)}, np.flatnonzero(np.isin(self.keep, s.picked))
-    with self.lock: # one batch for each trace: what a batch changes in one trace is undefined, and lost, in the others
+    with self.lock: # one message for all rings, because each makes plotly draw everything again
         fig.data[0].selectedpoints, self.groups = picked if len(s.picked) else None, groups
-        for trace in fig.data[1:]: trace.update(dict(zip("xy", self.spots(groups[trace.name]).T)))
+        places = [self.spots(groups[trace.name]) for trace in fig.data[1:]]; fig.plotly_restyle({"x": [p[:, 0].tolist() for p in places], "y": [p[:, 1].tolist() for p in places]}, list(range(1, len(fig.data))))
 
 @guarded
 def _paint(self): # colour by `self.colour`; a costly one is computed in a thread first

@@ -74,6 +74,7 @@ class Lab:
         from playwright.sync_api import sync_playwright
         with contextlib.suppress(Exception): self.playwright and self.playwright.stop()
         self.playwright = sync_playwright().start(); self.browser = self.playwright.chromium.launch(executable_path=chromium(), headless=True, args=FLAGS)
+        self.context = self.browser.new_context(accept_downloads=False)          # one for all pages: what JupyterLab loads is loaded and compiled once
     def limit(self) -> float: return self.patience*min(3., max(1., os.getloadavg()[0]/(3*os.cpu_count()))) # a page that spins and its driver are two, waiting for other work is not hanging
     def _watch(self): # the watchdog: first Chromium goes, then the driver if it is still buried in what a page has sent
         gone = 0
@@ -119,14 +120,20 @@ LONELY = """trace => { const t = gd._fullData[trace], L = gd._fullLayout, X = L.
     for (let j = 0; j < n; j++) if (j != i) best = Math.min(best, (P[i][0]-P[j][0])**2+(P[i][1]-P[j][1])**2); out.push([best, i]); }
   return out.sort((a, b) => b[0]-a[0]).slice(0, 20).map(a => a[1]); }"""
 
+# timed in the page itself: asking it from outside waits for whatever it is doing, and slows it down
+FELT = """([event, selectors, most]) => { window.felt = new Promise(done => {
+  const says = el => el.innerText+[el, ...el.querySelectorAll('*')].map(e => e.src || e.currentSrc || '').join(), before = new Map(selectors.map(s => [s, says(document.querySelector(s))])); let start = null;
+  document.addEventListener(event, () => { start = performance.now(); }, {capture: true, once: true}); setTimeout(() => done(null), most);
+  for (const s of selectors) new MutationObserver((_, watch) => { const el = document.querySelector(s); if (start === null || !el || says(el) === before.get(s)) return;
+    watch.disconnect(); before.delete(s); if (!before.size) requestAnimationFrame(() => setTimeout(() => done((performance.now()-start)/1000))); }).observe(document.querySelector(s), {subtree: true, childList: true, attributes: true, characterData: true}); }); }"""
+
 class Book:
     "One notebook in one page."
     def __init__(self, lab: Lab, name: str, size, sidebar: bool):
         self.lab, self.name, self.errors, self.console = lab, name, [], []; lab.books.append(self)
         self.session = lab.rest("POST", "sessions", {"path": name, "name": name, "type": "notebook", "kernel": {"name": "python3"}})   # else Run All can come before the kernel is connected, and is lost
         self.kernel = self.session["kernel"]["id"]
-        self.context = lab.browser.new_context(viewport={"width": size[0], "height": size[1]}, accept_downloads=False)
-        self.page = self.context.new_page(); self.page.set_default_timeout(30_000)
+        self.page = lab.context.new_page(); self.page.set_viewport_size({"width": size[0], "height": size[1]}); self.page.set_default_timeout(30_000)
         self.page.on("pageerror", lambda e: self.errors.append(str(e)))
         self.page.on("console", lambda m: self.console.append(m.text) if m.type == "error" else None)
         self.page.goto(f"{lab.url}/lab/workspaces/w{len(lab.books)}-{int(time.time())}/tree/{name}?token={lab.token}")
@@ -182,6 +189,12 @@ class Book:
         after = until(lambda: (v,) if (v := read()) != before else None, seconds, what, .005)[0]
         return after, time.perf_counter()-start
 
+    def felt(self, event: str, action, *selectors: str, seconds: float=20) -> float:
+        "Seconds that a person waits: from the event `action` causes (mousedown, keydown) to the page's next frame after each of these parts shows something else."
+        self.page.evaluate(FELT, [event, [s if s[0] in ".#[" else f".{s}" for s in selectors], 1000*seconds]); action()
+        took = self.page.evaluate("window.felt"); assert took is not None, f"not all of {', '.join(selectors)} changed within {seconds:g} s"
+        return took
+
     # ---- plots
     def plot(self, selector: str, js: str, arg=None): # a function of `arg` in the page, where `gd` is the plot
         return self.at(selector).evaluate("(el, arg) => { const gd = el.matches('.js-plotly-plot') ? el : el.querySelector('.js-plotly-plot'); return ("+js+")(arg); }", arg)
@@ -221,6 +234,6 @@ class Book:
         return path
     def close(self):
         if self in self.lab.books:
-            with contextlib.suppress(Exception): self.context.close()      # the browser may be gone
+            with contextlib.suppress(Exception): self.page.close()      # the browser may be gone
             self.lab.books.remove(self); self.lab.since = self.lab.since if self.lab.books else None
             with contextlib.suppress(OSError, AttributeError): self.lab.rest("DELETE", f"sessions/{self.session['id']}")
