@@ -1,6 +1,6 @@
-"""The failure ladder names the stage that was spoilt, for each planted fault and several seeds, and says nothing about a healthy run;
+"""The failure ladder names the stage that was spoilt, for each planted fault (five seeds in `make soak`), and says nothing about a healthy run;
 the environment is put back exactly; `clam ladder` gives strict JSON."""
-import json, shutil
+import json, os, shutil
 import numpy as np, pytest, torch
 from clam.cli.shell import main
 from clam.collect.recipes import recipe_for
@@ -45,7 +45,7 @@ def shaken(module, scale, seed): # noise on the weights
     for p in module.parameters(): p.add_(scale*p.std()*torch.randn(p.shape, generator=g))
     return module
 
-SEEDS = pytest.mark.parametrize("seed", [0, 1, 2])
+SEEDS = lambda test: pytest.mark.soak(pytest.mark.parametrize("seed", range(5 if os.environ.get("CLAM_SOAK") else 1))(test))
 
 # ---------------------------------------------------------------- the verdict
 @SEEDS

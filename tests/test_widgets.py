@@ -146,7 +146,7 @@ def test_report_from_a_real_demo_of_the_toy(tmp_path):
     from clam.collect.recipes import make_dataset
     from clam.config import preset
     data = make_dataset("toy", episodes=150, out=tmp_path/"episodes"/"toy", workers=1)
-    demo = experiments.run_demo(tmp_path, data, preset("tiny").replace(eval__episodes=10), 1, quiet=True)
+    demo = experiments.run_demo(tmp_path, data, preset("tiny").replace(eval__episodes=10, stage1__updates=200, stage2__updates=150, bc__updates=100, idm__updates=100), 1, quiet=True)
     page = report.write_report(tmp_path/"report.html", demo, umap_seconds=0).read_text()
     p = Sound(); p.feed(page); assert p.loads == []
     assert page.count("data:video/mp4") >= 4 and "decoded action" in page and len(page) < 9e6

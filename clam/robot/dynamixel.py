@@ -226,13 +226,13 @@ class _Connection(BaseArm):
             with contextlib.suppress(RobotError): self._do(quiet)
         self._stop_worker(); self.line.close()
 
-# %% ../../nbs/76_robot.dynamixel.ipynb #0d092814
+# %% ../../nbs/76_robot.dynamixel.ipynb #bc3547ad
 class _Ticking(_Connection):
     PWM, GAIN, SLACK_M = 250, 300., .0006      # Interbotix' default pressure; BridgeData's gain per metre; near enough
     def _tick(self):
         data = self.line.sync_read(self.ids, 126, 10); get = lambda i, n: field(data[i], 126, n); stamp = self.now()
         q = np.array([radians(get(i, "present_position")) for i in JOINT_IDS]); half = horn_to_half_m(radians(get(9, "present_position"))); self._squeeze(half)
-        m = self.servos[self._turn % len(self.servos)]; self._turn += 1; self.ram[m.id] = self.line.read(m.id, EEPROM, SIZE-EEPROM)[0]
+        m = self.servos[self._turn % len(self.servos)]; self.ram[m.id] = self.line.read(m.id, EEPROM, SIZE-EEPROM)[0]; self._turn += 1     # a lost packet costs nobody a turn
         amps = {i: get(i, "present_current")*(AMPERE if self.models[i] == XM430 else .001) for i in self.ids}      # XL430: load as a share
         for i, a in amps.items(): self._over[i] = self._over.get(i, stamp) if abs(a) > CURRENT_A else None
         self._over = {i: t for i, t in self._over.items() if t is not None}

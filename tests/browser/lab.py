@@ -236,4 +236,6 @@ class Book:
         if self in self.lab.books:
             with contextlib.suppress(Exception): self.page.close()      # the browser may be gone
             self.lab.books.remove(self); self.lab.since = self.lab.since if self.lab.books else None
-            with contextlib.suppress(OSError, AttributeError): self.lab.rest("DELETE", f"sessions/{self.session['id']}")
+            def gone(id=getattr(self, "session", {}).get("id")):
+                with contextlib.suppress(OSError): self.lab.rest("DELETE", f"sessions/{id}")
+            threading.Thread(target=gone, daemon=True).start()               # a kernel takes seconds to end
