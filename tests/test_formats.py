@@ -166,6 +166,18 @@ def test_lerobot_round_trip_states_exact_video_within_tolerance(tmp_path):
     s = EpisodeStore(write_store(tmp_path/"smooth", [fake_episode(5).replace(frames=smooth)]))
     back = EpisodeStore(import_dataset("lerobot", export_dataset("lerobot", s, tmp_path/"smooth3"), tmp_path/"smooth_back")); assert np.abs(back.frames.astype(int)-s.frames).mean() < 1.5
 
+def test_lerobot_keeps_cameras_apart(tmp_path): # the recorder's frames hold them side by side, of any width
+    wide = lambda T, seed: np.random.default_rng(seed).integers(0, 256, (T+1, 24, 40, 3), dtype=np.uint8)
+    s = EpisodeStore(write_store(tmp_path/"two", [fake_episode(T, seed=T).replace(frames=wide(T, T)) for T in (5, 9)], {"name": "two", "views": {"external": 24, "shoulder": 16}}))
+    export_dataset("lerobot", s, tmp_path/"v3", crf=0, pixels="yuv444p"); feats = json.loads((tmp_path/"v3/meta/info.json").read_text())["features"]
+    assert {k: v["shape"] for k, v in feats.items() if v["dtype"] == "video"} == {"observation.images.external": [24, 24, 3], "observation.images.shoulder": [24, 16, 3]}
+    assert sorted(p.parts[-3] for p in (tmp_path/"v3").rglob("*.mp4")) == ["observation.images.external", "observation.images.shoulder"]
+    back = EpisodeStore(import_dataset("lerobot", tmp_path/"v3", tmp_path/"back")); assert back.meta["views"] == s.meta["views"] and np.abs(back.frames.astype(int)-s.frames).max() <= 6
+    one = EpisodeStore(import_dataset("lerobot", tmp_path/"v3", tmp_path/"one", camera="observation.images.shoulder")); assert np.abs(one.frames.astype(int)-s.frames[:, :, 24:]).max() <= 6
+    (tmp_path/"v3/meta/clam.json").unlink()                                      # as another program's
+    both = EpisodeStore(import_dataset("lerobot", tmp_path/"v3", tmp_path/"both", camera=["observation.images.shoulder", "observation.images.external"])); assert np.abs(both.frames.astype(int)-np.concatenate([s.frames[:, :, 24:], s.frames[:, :, :24]], 2)).max() <= 6
+    assert EpisodeStore(import_dataset("lerobot", tmp_path/"v3", tmp_path/"first")).spec.frame_shape == (24, 24, 3)
+
 def test_the_codec_that_lerobot_records_with(tmp_path): # AV1, two pictures between keyframes; decoded from anywhere in the film
     import av; from fractions import Fraction; from clam.data.lerobot import decode_video
     film = np.stack([np.full((64, 96, 3), 12*t, np.uint8) for t in range(20)])

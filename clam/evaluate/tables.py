@@ -40,7 +40,7 @@ def table_name(n: int, preset_name: str) -> str: return f"table{n}-{preset_name}
 def paper_cell(n: int|str, label: str, env: str) -> tuple[float, float|None]: # the paper's success and spread
     return PAPER[n][label][tasks_of(n).index(env)]
 
-# %% ../../nbs/64_evaluate.tables.ipynb #d35820ef
+# %% ../../nbs/64_evaluate.tables.ipynb #b0a5b40b
 KITCHEN_DATA = dict(episodes=558, frames=64)                       # 400 episodes of play, 40,000 transitions, and 158 demonstrations; the paper: 50,000 transitions of play
 DEMOS = dict.fromkeys(KITCHEN, 30) | {"widowx/block-in-pot": 50}   # Appendix F
 _ONE_THREAD = dict(lam__n_layers=1, stage1__updates=4000, stage1__batch=32, stage1__labelled_batch=32, idm__updates=4000, idm__batch=32, stage2__updates=1000, stage2__batch=16, bc__updates=1000, bc__batch=16,
@@ -58,6 +58,7 @@ def plan(n: int, preset_name: str="quick", seeds=(0,), tasks=None, labels=None) 
     if n not in (3, *LABELS): raise ConfigError("this table cannot be run", got=n, expected=", ".join(map(str, (3, *LABELS))))
     tasks = tasks or tasks_of(n); out = []
     if unknown := [t for t in tasks if t not in tasks_of(n)]: raise ConfigError("no such task in the table", got=", ".join(unknown), expected=", ".join(tasks_of(n)))
+    if unknown := [l for l in labels or () if l not in PAPER[n]]: raise ConfigError("no such row in the table", got=", ".join(unknown), expected=", ".join(PAPER[n]))
     for env in tasks:
         for label in labels or PAPER[n]:
             method, _, model = label.partition("-") if label.startswith("clam") else (label.removesuffix("-space_time"), "", "mlp")

@@ -245,7 +245,7 @@ def _ended(self, what: str): # the job's `status` or `text` has changed
 
 LatentMap.fit, LatentMap._fitted, LatentMap._ended = _fit, _fitted, _ended
 
-# %% ../../nbs/84_widgets.latent_map.ipynb #30d7a62a
+# %% ../../nbs/84_widgets.latent_map.ipynb #458881f3
 def colouring(v, name: str) -> dict: # marker settings for values [n], numbers or words
     v = np.asarray(v); bar = dict(title=dict(text=name, side="right"), thickness=12, outlinewidth=0, tickvals=None, ticktext=None, tickmode="auto")
     if v.dtype.kind in "fiu": m = _numbers(v); return m | dict(color=v.astype(np.float32), colorscale="Cividis" if m["colorscale"] == "Viridis" else m["colorscale"], colorbar=bar)
@@ -260,7 +260,7 @@ MARKS = {name: dict(symbol=f"{symbol}-open", size=size, color=c, line=dict(width
 def _figure(self) -> Plot:
     S, n, ins = (go.Scattergl if len(self.keep) > 3000 else go.Scatter), len(self.keep), self.inspection; xy = self.xy[self.drawn]
     points = S(x=xy[:, 0], y=xy[:, 1], mode="markers", name="transitions", showlegend=False, customdata=np.c_[ins.episode, ins.t][self.keep].astype(np.int32), marker=dict(size=4 if n > 800 else 6, opacity=.8), unselected=dict(marker=dict(opacity=.15)), selected=dict(marker=dict(opacity=.9)))
-    fig = Plot(style(go.Figure([points, *(S(x=[], y=[], mode="markers", name=k, marker=m, hoverinfo="skip") for k, m in MARKS.items())]), "", *self.axes[self.drawn], 440))
+    fig = Plot(style(go.Figure([points, *(S(x=[], y=[], mode="markers", name=k, marker=m, hoverinfo="skip", unselected=dict(marker=dict(opacity=1.))) for k, m in MARKS.items())]), "", *self.axes[self.drawn], 440))
     fig._config = {**fig._config, "displaylogo": False}; fig.update_layout(width=620, dragmode="lasso", legend=dict(orientation="h", x=0, y=1.01, yanchor="bottom", font=dict(size=11)), margin=dict(l=56, r=8, t=30, b=44), hovermode="closest", modebar=dict(color=INK))
     self.groups = {k: [] for k in MARKS}
     for i, trace in enumerate(fig.data): trace.on_click(lambda t, p, s, of=list(MARKS)[i-1] if i else "": self.clicked(p.point_inds, of))

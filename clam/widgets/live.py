@@ -323,7 +323,7 @@ def _close(self, stop: bool=False): # gives the view back; a training goes on un
 
 TrainingMonitor.start, TrainingMonitor._complain, TrainingMonitor._ended, TrainingMonitor.pause, TrainingMonitor.stop, TrainingMonitor.checkpoint, TrainingMonitor.follow, TrainingMonitor.close = _start, _complain, _ended, _pause, _stop_, _checkpoint_now, _follow, _close
 
-# %% ../../nbs/83_widgets.live.ipynb #b77db1bd
+# %% ../../nbs/83_widgets.live.ipynb #7931089d
 PANELS = {"loss": (1, 1, "losses", "mean squared error"), "probe_r2": (1, 2, "linear probe z → a, held-out episodes", "R²"), "grad": (2, 1, "gradient norms at the inverse model", "norm"), "updates_per_second": (2, 2, "speed", "updates per second")}
 WORDS = {"probe_r2": "probe R²", "grad_recon": "of reconstruction", "grad_action": "of the action loss", "updates_per_second": "updates per second"}
 
@@ -339,13 +339,14 @@ def _bare(self, height: int=500) -> go.Figure: # the four panels, and the runs b
     for i, run in enumerate(self.beside):
         for t in overlay([run]).data: t.update(xaxis="x", yaxis="y", opacity=.55, legend="legend", name=f"{t.name} (beside)", showlegend=t.showlegend, line=dict(dash="dash", width=1.5, color=PALETTE[(i+4) % len(PALETTE)])); fig.add_trace(t)
     fig.update_yaxes(rangemode="tozero", row=2, col=2)
+    fig.add_annotation(name="no probe", text="not measured in this run:<br>a monitor that trains measures it", x=np.mean(fig.layout.xaxis2.domain), y=np.mean(fig.layout.yaxis2.domain), xref="paper", yref="paper", showarrow=False, font=dict(size=12, color=INK))
     right = lambda what, y: dict(title=dict(text=what, font=dict(size=11)), x=1.02, xanchor="left", y=y, yanchor="top", bgcolor="rgba(0,0,0,0)", font=dict(size=11))
     return fig.update_layout(width=1060, legend=right("losses", 1), legend2=right("gradient norms", .43), margin=dict(t=64 if self.title else 36, r=200, b=50), hovermode="x unified")
 
 def _fill(self, fig): # curves into the figure, in place
     curves = dict(self.curves); several = len({s for s, k in curves if _panel(k) == "loss"}) > 1
     for stage, k in curves:
-        if (stage, k) not in self._lines: self._lines[stage, k] = len(fig.data); p = PANELS[_panel(k)]; fig.add_trace(_line(stage, k, several), row=p[0], col=p[1])
+        if (stage, k) not in self._lines: self._lines[stage, k] = len(fig.data); p = PANELS[_panel(k)]; fig.add_trace(_line(stage, k, several), row=p[0], col=p[1]); k == "probe_r2" and fig.update_annotations(dict(visible=False), selector=dict(name="no probe"))
     n = [min(len(c.x), len(c.y)) for c in curves.values()]     # one message for all curves: nothing piles up in a slow page
     if curves: fig.plotly_restyle({"x": [np.array(c.x[:k], np.int32) for c, k in zip(curves.values(), n)], "y": [np.array(c.y[:k], np.float32) for c, k in zip(curves.values(), n)]}, [self._lines[k] for k in curves])
     return fig
