@@ -118,7 +118,9 @@ def test_no_message_to_the_browser_undoes_another_trace(make, monkeypatch):
     m = make(); ui = settled(m); sent, send = [], type(ui.fig)._send_update_msg
     monkeypatch.setattr(type(ui.fig), "_send_update_msg", lambda self, restyle_data, relayout_data=None, trace_indexes=None, **kw: (sent.append((dict(restyle_data or {}), list(np.atleast_1d(trace_indexes)))), send(self, restyle_data, relayout_data, trace_indexes, **kw))[1])
     m.selection.pick(range(9)); m.selection.focus = 30; m.selection.pin(40); settled(m); m.selection.pick(range(5)); m.selection.focus = 31; settled(m); m.colour = "step"; m.xy["umap"] = m.xy["pca"]*2; m.method = "umap"; settled(m)
-    assert len(sent) >= 3 and all(len(which) == 1 for data, which in sent if data), "in one message for several traces a browser takes what is undefined for one of them as gone"
+    restyle = type(ui.fig)._send_restyle_msg; monkeypatch.setattr(type(ui.fig), "_send_restyle_msg", lambda self, data, trace_indexes=None, **kw: (sent.append((dict(data), list(np.atleast_1d(trace_indexes)))), restyle(self, data, trace_indexes, **kw))[1])
+    m.selection.focus = 32; settled(m); m.selection.pin(41); settled(m); assert len(sent) >= 3 and max(len(which) for _, which in sent) == 3
+    assert all(len(which) == 1 or all(len(v) == len(which) and all(isinstance(x, list) for x in v) for v in data.values()) for data, which in sent), "in one message for several traces a browser takes what is undefined for one of them as gone"
 
 
 # ---------------------------------------------------------------- a lasso
