@@ -175,7 +175,7 @@ def test_lerobot_keeps_cameras_apart(tmp_path): # the recorder's frames hold the
     back = EpisodeStore(import_dataset("lerobot", tmp_path/"v3", tmp_path/"back")); assert back.meta["views"] == s.meta["views"] and np.abs(back.frames.astype(int)-s.frames).max() <= 6
     one = EpisodeStore(import_dataset("lerobot", tmp_path/"v3", tmp_path/"one", camera="observation.images.shoulder")); assert np.abs(one.frames.astype(int)-s.frames[:, :, 24:]).max() <= 6
     (tmp_path/"v3/meta/clam.json").unlink()                                      # as another program's
-    both = EpisodeStore(import_dataset("lerobot", tmp_path/"v3", tmp_path/"both", camera=["observation.images.shoulder", "observation.images.external"])); assert np.abs(both.frames.astype(int)-np.concatenate([s.frames[:, :, 24:], s.frames[:, :, :24]], 2)).max() <= 6
+    both = EpisodeStore(import_dataset("lerobot", tmp_path/"v3", tmp_path/"both", camera="observation.images.shoulder,observation.images.external")); assert np.abs(both.frames.astype(int)-np.concatenate([s.frames[:, :, 24:], s.frames[:, :, :24]], 2)).max() <= 6
     assert EpisodeStore(import_dataset("lerobot", tmp_path/"v3", tmp_path/"first")).spec.frame_shape == (24, 24, 3)
 
 def test_the_codec_that_lerobot_records_with(tmp_path): # AV1, two pictures between keyframes; decoded from anywhere in the film

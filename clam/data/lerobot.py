@@ -89,14 +89,14 @@ def decode_video(path, n: int, fps: float, start_s: float=0., size: int|None=Non
     if len(out) != n: raise DatasetError("video has too few pictures", len(out), n, where=str(path))
     return np.concatenate(out)
 
-# %% ../../nbs/19_data.lerobot.ipynb #e244eaed
+# %% ../../nbs/19_data.lerobot.ipynb #3b8e8830
 def _features(info, state, camera, f) -> tuple: # (state columns, keys of the cameras, are they videos)
     feats = info["features"]
     depth = lambda v: any((v.get(k) or {}).get(n) for k in ("info", "video_info") for n in ("is_depth_map", "video.is_depth_map"))
     cameras = sorted(k for k, v in feats.items() if v["dtype"] in ("video", "image") and not depth(v))
     if state is None: state = [k for k in ("observation.state", "observation.environment_state") if k in feats][:1]
     state = [state] if isinstance(state, str) else list(state)
-    use = [] if camera == "none" else cameras[:1] if camera is None else [camera] if isinstance(camera, str) else list(camera)
+    use = [] if camera == "none" else cameras[:1] if camera is None else camera.split(",") if isinstance(camera, str) else list(camera)
     for k in [*state, *use]:
         if k not in feats: raise DatasetError(f"feature {k} is missing", got=", ".join(feats), where=str(f))
     if not state and not use: raise DatasetError("no observations", got=", ".join(feats), fix="name the columns with the option state", where=str(f))
@@ -115,7 +115,7 @@ def _shared(rows, columns) -> Iterator: # (row, its part of the data file); a fi
 
 def _camera(name: str) -> str: return f"observation.images.{name}" # LeRobot's name of a camera
 
-def read_lerobot(path, state=None, camera=None, size: int|None=None) -> Source: # state: columns; camera: a key, several (side by side) or "none"; size: squash each picture to size x size
+def read_lerobot(path, state=None, camera=None, size: int|None=None) -> Source: # state: columns; camera: a key, several with commas (side by side) or "none"; size: squash each picture to size x size
     root, f = Path(path), Path(path)/"meta"/"info.json"; info = read_json(f)
     with reading(f):
         version = re.match(r"v?([23])\.", str(info["codebase_version"]))
