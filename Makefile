@@ -37,7 +37,7 @@ test: setup gl browser ## export is fresh, notebooks run, tests pass
 	@.ci/quiet "tests pass" .ci/tests
 
 soak: setup gl ## the tests that are short in `make test`, at full length
-	@CLAM_SOAK=1 OMP_NUM_THREADS=1 CLAM_QUIET=1 $(BIN)/python -m pytest -n 2 -m soak tests $(ARGS)
+	@CLAM_SOAK=1 OMP_NUM_THREADS=1 CLAM_QUIET=1 $(BIN)/python -m pytest -n 2 -m "soak or soak_only" tests $(ARGS)
 
 bench: setup gl ## throughput against plain reference loops, as ratios
 	@$(BIN)/clam bench $(ARGS)

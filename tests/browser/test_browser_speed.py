@@ -26,7 +26,7 @@ def record(times, capsys):
     return write
 
 @pytest.mark.slow
-@pytest.mark.parametrize("which", ["toy", "assembly"])
+@pytest.mark.parametrize("which", [pytest.param("toy", marks=pytest.mark.soak_only), "assembly"])
 def test_click_to_frames_and_label(book, which, request, record):
     request.getfixturevalue(which); b = book([OPEN.replace("toy", which)+"\nfrom clam.widgets.latent_map import LatentMap\npanel = LatentMap(ins, method='pca'); panel"]); b.run_all(); b.drawn("clam-map", 200); took = []
     for i in b.lonely("clam-map")[:8]:
@@ -51,7 +51,7 @@ ins.z.shape''', "panel = LatentMap(ins, method='pca'); panel"]); b.run_all(); b.
     assert b.ask("len(panel.keep)") == 20_000; b.shot("map-20000"); record("20,000 points drawn with PCA", took)
 
 @pytest.mark.slow
-@pytest.mark.parametrize("which", ["toy", "assembly"])
+@pytest.mark.parametrize("which", [pytest.param("toy", marks=pytest.mark.soak_only), "assembly"])
 def test_slider_to_three_outcomes(book, which, request, record):
     request.getfixturevalue(which); b = book([OPEN.replace("toy", which)+"\nfrom clam.widgets.base import Selection\nfrom clam.widgets.steering import Steering\npanel = Steering(ins, Selection(focus=25)); panel"]); b.run_all(); until(lambda: b.ask("panel.turn") > 0, 40, "no first outcome"); took = []
     b.at("clam-steer-slider-1").locator(".noUi-handle").first.focus()

@@ -16,7 +16,7 @@ def test_always_spins(book): spin(book(["1"], name="always"), "console.log('a fl
 def test_after_it(book): assert book(["print(7)"]).run_all().ask("2+2") == 4
 '''
 
-@pytest.mark.slow
+@pytest.mark.soak_only
 def test_a_page_that_hangs(tmp_path):
     for f in ("conftest.py", "lab.py"): shutil.copy(Path(__file__).with_name(f), tmp_path/f)
     (tmp_path/"pytest.ini").write_text("[pytest]\nmarkers = browser: a browser\n"); (tmp_path/"test_planted.py").write_text(PLANTED)
