@@ -5,6 +5,7 @@
 # make bench  throughput against plain loops
 # make docs   the Quarto site (needs quarto)
 SHELL := /bin/bash
+export PYTHONDONTWRITEBYTECODE =    # many containers set it: every import would compile anew
 BIN := .venv/bin
 .DEFAULT_GOAL := help
 .PHONY: help setup gl browser demo lab test soak docs readme clean
