@@ -243,6 +243,12 @@ def test_a_fault_of_the_look_never_ends_a_training(store, tmp_path, monkeypatch)
     monkeypatch.setattr(TrainingMonitor, "_batch", lambda self: 1/0)
     m = TrainingMonitor(store, CFG, tmp_path/"r"); m.start(threads=1); m.job.wait(); assert m.state == "done" and "no probe" in m.note and said(m.drift()); m.close()
 
+def test_a_fault_of_the_drawing_never_ends_a_training(store, tmp_path, monkeypatch):
+    m = TrainingMonitor(store, CFG, tmp_path/"r", hz=1e9); m.view(); monkeypatch.setattr(m, "_fill", lambda fig: 1/0); m.start(threads=1); m.job.wait(); assert m.state == "done" and m.note == "not drawn: division by zero" and m.draws == 0
+    m.close(); monkeypatch.undo()
+    for what in ("_fill", "_refresh"): # closed by another thread while it draws
+        m = TrainingMonitor(store, CFG, tmp_path/what, hz=1e9); m.view(); monkeypatch.setattr(m, what, lambda *a: (m.close(), 1/0)); m.start(threads=1); m.job.wait(); assert m.state == "done" and m.note == ""; monkeypatch.undo()
+
 def test_a_training_without_actions_or_model_is_watched_too(store, tmp_path):
     from clam.train.baselines import train_method
     m = TrainingMonitor(); train_method("bc-al", store, CFG.replace(bc__updates=60), tmp_path/"bc", callbacks=[m], quiet=True, threads=1)

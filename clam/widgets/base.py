@@ -151,7 +151,7 @@ class Plot(go.FigureWidget):
     def add_traces(self, *a, **kw):
         with self._whole: return super().add_traces(*a, **kw)
 
-# %% ../../nbs/82_widgets.base.ipynb #1e42e537
+# %% ../../nbs/82_widgets.base.ipynb #1c765974
 def guarded(method):
     "Decorator for a panel's methods: an error becomes `self.message` (and `self.trouble`); the next call that succeeds clears it."
     @functools.wraps(method)
@@ -192,8 +192,8 @@ class Panel(HasTraits):
     def close(self): # let go of views, observers and workers; may be called twice
         for fn in self._closing[::-1]: fn()
         for who, fn, names in self._watched: who.unobserve(fn, names)
-        if self._view is not None: _close_tree(self._view)
-        self._view, self._watched, self._closing = None, [], []
+        view, self._view, self._watched, self._closing = self._view, None, [], []        # first, so that another thread's error while drawing is known to be harmless
+        if view is not None: _close_tree(view)
 
 def _close_tree(w): # a view with all its parts, layouts and styles
     for c in getattr(w, "children", ()): _close_tree(c)

@@ -366,14 +366,14 @@ def _status(self) -> str: # one line
 
 TrainingMonitor._bare, TrainingMonitor._fill, TrainingMonitor.static, TrainingMonitor.drift, TrainingMonitor.status = _bare, _fill, _static_monitor, _drift_, _status
 
-# %% ../../nbs/83_widgets.live.ipynb #0c4f6e93
+# %% ../../nbs/83_widgets.live.ipynb #b5beec74
 def _build_monitor(self):
     self._lines = {}; self._fig = self._fill(Plot(self._bare())); self._fig.add_class("clam-monitor-plot")
     self._line_text, self._drift = text("clam-monitor-status"), W.VBox()
     def button(name, cls, fn, tip): b = W.Button(description=name, tooltip=tip, layout=W.Layout(width="110px")); b.add_class(cls); b.on_click(lambda _: fn()); return b
     self._buttons = [button("start", "clam-start", lambda: self.start(**getattr(self, "_again", {})), "begin, or go on from the last state"), button("pause", "clam-pause", self.pause, "hold after the update under way"),
         button("stop", "clam-stop", self.stop, "end after the update under way, state saved"), button("checkpoint", "clam-checkpoint", self.checkpoint, "save the state now"), button("map drift", "clam-drift", self.show_drift, "how the latents of the same transitions moved")]
-    self.watch(self, ["state", "note"], lambda c: self._refresh()); self._refresh()
+    self.watch(self, ["state", "note"], lambda c: self._safely(self._refresh)); self._refresh()
     return W.VBox([W.HBox([*self._buttons, self._line_text], layout=W.Layout(flex_flow="row wrap", align_items="center", grid_gap="6px")), self._fig, self._drift])
 
 def _refresh(self): # status line and buttons
@@ -383,14 +383,22 @@ def _refresh(self): # status line and buttons
     start.disabled, pause.disabled, stop.disabled, save.disabled = self.busy or self.state == "following", not self.busy, not (self.busy or self.state == "following"), not self.busy
     pause.description, start.description = "go on" if self.state == "paused" else "pause", "resume" if self.state == "stopped" else "start"
 
+def _safely(self, *parts) -> bool: # no fault of a drawing ends a training; the panel may be closed by another thread at this moment
+    try:
+        for p in parts: p()
+    except Exception as e:
+        if self._view is not None: self.note = f"not drawn: {e}"
+        return False
+    return True
+
 def _draw_monitor(self): # what is kept into the live figure
     self._drawn = time.monotonic()
     if self._fig is None: return
-    self._fill(self._fig); self._refresh(); self.draws += 1
+    if self._safely(lambda: self._fill(self._fig), self._refresh): self.draws += 1
 
 @guarded
 def _show_drift(self):
     for old in self._drift.children: old.close()
     self._drift.children = (Plot(self.drift()),)
 
-TrainingMonitor.build, TrainingMonitor._refresh, TrainingMonitor.draw, TrainingMonitor.show_drift = _build_monitor, _refresh, _draw_monitor, _show_drift
+TrainingMonitor.build, TrainingMonitor._refresh, TrainingMonitor._safely, TrainingMonitor.draw, TrainingMonitor.show_drift = _build_monitor, _refresh, _safely, _draw_monitor, _show_drift
