@@ -1,6 +1,6 @@
 """Pins the command line: help, --json on the last line, exit codes, one-line errors that say what to do, and that a refused command
 leaves the disk as it was. Most commands run in this process (`main`), a few as programs."""
-import hashlib, json, os, shutil, subprocess, sys
+import contextlib, hashlib, io, json, os, shutil, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest
 from clam.cli.shell import main
@@ -102,17 +102,20 @@ def test_words_that_cannot_be_read(clam, tmp_path, argv, word): refused(clam(*ar
 @pytest.fixture(scope="module")
 def story(tmp_path_factory): # toy data and a run of every kind, made once through the command line
     data = tmp_path_factory.mktemp("data"); said = {}
-    def run(name, *argv):
-        done = program(*argv, "--json", CLAM_DATA=data, OMP_NUM_THREADS=1)
-        assert done.returncode == 0, done.stderr
-        assert done.stderr == "", done.stderr                      # nothing on stderr when all is well and nobody watches
-        said[name] = json.loads(done.stdout.splitlines()[-1])
-    run("make", "data", "make", "toy", "--episodes", 60, "--seed", 1)
-    run("train", "train", "--data", "toy", "--run", "r1", *FAST)
+    def run(name, *argv, how):
+        code, out, err = how(*argv, "--json")
+        assert code == 0 and err == "", err                        # nothing on stderr when all is well and nobody watches
+        said[name] = json.loads(out.splitlines()[-1])
+    def typed(*argv): done = program(*argv, CLAM_DATA=data, OMP_NUM_THREADS=1); return done.returncode, done.stdout, done.stderr
+    def here(*argv):
+        with pytest.MonkeyPatch.context() as mp, contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+            mp.setenv("CLAM_DATA", str(data)); return main([str(a) for a in argv]), out.getvalue(), err.getvalue()
+    run("make", "data", "make", "toy", "--episodes", 60, "--seed", 1, how=here)
+    run("train", "train", "--data", "toy", "--run", "r1", *FAST, how=typed)
     shutil.copytree(data/"runs"/"r1", data/"runs"/"stage1-only")
-    run("policy", "policy", "--run", "r1")
-    run("eval", "eval", "--run", "r1", "--episodes", 4, "--workers", 1)
-    run("health", "health", "--run", "r1", "--limit", 500)
+    run("policy", "policy", "--run", "r1", how=here)
+    run("eval", "eval", "--run", "r1", "--episodes", 4, "--workers", 1, how=typed)
+    run("health", "health", "--run", "r1", "--limit", 500, how=here)
     return data, said
 
 def test_the_small_story(story):

@@ -4,6 +4,7 @@ import hashlib, json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import numpy as np, pytest
 import clam.core as core
+from clam.cli.shell import main
 from clam.core import locked
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,8 +20,9 @@ def tree(folder) -> dict: # every file below `folder` and what is in it; lock fi
 @pytest.fixture(scope="module")
 def made(tmp_path_factory): # a toy dataset and a run, and copies of both with one thing wrong each
     d = tmp_path_factory.mktemp("first")
-    for argv in (["data", "make", "toy", "--episodes", 40, "--seed", 1], ["train", "--data", "toy", "--run", "sound", *FAST]):
-        code, _, err = shell(*argv, CLAM_DATA=d); assert code == 0, err
+    with pytest.MonkeyPatch.context() as mp:
+        mp.setenv("CLAM_DATA", str(d))
+        for argv in (["data", "make", "toy", "--episodes", "40", "--seed", "1"], ["train", "--data", "toy", "--run", "sound", *FAST]): assert main(argv) == 0
     toy, runs = d/"episodes"/"toy", d/"runs"
     for n in ("nan", "short"): shutil.copytree(toy, d/"episodes"/n)
     a = np.load(d/"episodes"/"nan"/"act.npy"); a[5, 0] = np.nan; np.save(d/"episodes"/"nan"/"act.npy", a); core.write_manifest(d/"episodes"/"nan")      # as a tool would write it that knows no better

@@ -182,7 +182,7 @@ def test_two_fits_never_run_at_once(monkeypatch):
 
 
 def test_a_map_leaves_torchs_threads_alone(monkeypatch): # numba's first parallel loop sets the OpenMP threads of torch too: later trainings differed in their last bits
-    import umap
+    umap = lm.load_umap()
     class Fake:
         def __init__(self, **kw): pass
         def fit_transform(self, z): torch.set_num_threads(before+1); return np.zeros((len(z), 2))
