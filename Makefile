@@ -2,7 +2,7 @@
 # make lab    JupyterLab on the tour
 # make test   everything continuous integration checks
 # make soak   the long versions: ten thousand hostile actions on each arm backend, a thousand bus faults, twenty seeds of planted faults
-# make bench  throughput against plain loops
+# make bench  throughput against plain loops, and how long a person waits in the browser
 # make docs   the Quarto site (needs quarto)
 SHELL := /bin/bash
 export PYTHONDONTWRITEBYTECODE =    # many containers set it: every import would compile anew
@@ -32,7 +32,9 @@ lab: setup gl ## JupyterLab on the tour
 test: export MPLBACKEND = Agg
 test: export CLAM_QUIET = 1
 test: export OMP_NUM_THREADS = 1
-test: setup gl browser ## export is fresh, notebooks run, tests pass
+test: ## export is fresh, notebooks run, tests pass
+	@$(MAKE) --no-print-directory -j 2 setup browser
+	@$(MAKE) --no-print-directory gl
 	@.ci/quiet "clam/ is what the notebooks export" .ci/fresh
 	@.ci/quiet "notebooks run" .ci/notebooks
 	@.ci/quiet "tests pass" .ci/tests
@@ -40,8 +42,9 @@ test: setup gl browser ## export is fresh, notebooks run, tests pass
 soak: setup gl ## the tests that are short in `make test`, at full length
 	@CLAM_SOAK=1 OMP_NUM_THREADS=1 CLAM_QUIET=1 $(BIN)/python -m pytest -n 2 -m "soak or soak_only" tests $(ARGS)
 
-bench: setup gl ## throughput against plain reference loops, as ratios
+bench: setup gl browser ## throughput against plain reference loops, as ratios; waiting times in the browser
 	@$(BIN)/clam bench $(ARGS)
+	@CLAM_SOAK=1 OMP_NUM_THREADS=1 CLAM_QUIET=1 $(BIN)/python -m pytest tests/browser/test_browser_speed.py
 
 docs: setup ## the Quarto site in _docs
 	@command -v quarto >/dev/null || { echo "error: quarto is not on PATH; install it from https://quarto.org and run make docs again" >&2; exit 2; }

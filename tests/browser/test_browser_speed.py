@@ -1,5 +1,5 @@
 """How long a person waits, measured in the browser and printed beside the goal; written to .browser/benchmark.json. Nothing is
-asserted about time: machines are shared. What is asserted is that each thing happened."""
+asserted about time: machines are shared, and in `make test` two browsers share one (`make bench` has it for one alone). What is asserted is that each thing happened."""
 import json, os, statistics, time
 import pytest
 from lab import PICTURES, until
@@ -19,10 +19,10 @@ def times():
     f.write_text(json.dumps({"processors": os.cpu_count(), "rows": rows}, indent=1))
 
 @pytest.fixture
-def record(times, capsys):
+def record(times, record_property):
     def write(name, seconds):
         assert len(seconds) >= 5; times[name] = seconds
-        with capsys.disabled(): print(f"\nnote: {name}: median {statistics.median(seconds):.2f} s of {len(seconds)} (goal {GOALS[name]:g} s; load {os.getloadavg()[0]:.1f} on {os.cpu_count()} processors)")
+        record_property("browser", f"{name}: median {statistics.median(seconds):.2f} s of {len(seconds)} (goal {GOALS[name]:g} s; load {os.getloadavg()[0]:.1f} on {os.cpu_count()} processors)")
     return write
 
 @pytest.mark.slow
