@@ -8,7 +8,7 @@ SHELL := /bin/bash
 export PYTHONDONTWRITEBYTECODE =    # many containers set it: every import would compile anew
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help setup gl browser demo lab test soak docs readme clean
+.PHONY: help setup gl browser demo lab test soak bench docs readme clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 10

@@ -34,7 +34,7 @@ def drawable(z, limit: int=DRAWN, seed: int=0) -> np.ndarray: # [N, Z] -> ascend
     if len(ok) > 1 and np.ptp(z[ok], axis=0).max() <= 1e-6*max(1., np.abs(z[ok]).max()): raise Nothing(f"all {len(ok):,} latents are the same: the latent has collapsed and there is no map of it. The health report says more")
     return ok
 
-# %% ../../nbs/84_widgets.latent_map.ipynb #cc20e197
+# %% ../../nbs/84_widgets.latent_map.ipynb #fae19042
 _ONE = threading.Lock()
 
 def _ticked(tick, lo, hi, words): return lambda it, **kw: ((tick(lo+(hi-lo)*i/len(it), words), x)[1] for i, x in enumerate(it)) # stands in for umap's tqdm
@@ -43,7 +43,7 @@ def _ticked(tick, lo, hi, words): return lambda it, **kw: ((tick(lo+(hi-lo)*i/le
 def umap_map(z, tick=lambda fraction=0., text="": None, fitted: int=FITTED, seed: int=0) -> np.ndarray:
     "UMAP of `z [N, Z]` -> `[N, 2]`: fitted on at most `fitted` rows, the rest placed by `transform`; `tick(fraction, text)` may raise to stop it."
     if len(z) < 10: raise Nothing(f"UMAP needs at least 10 latents, there are {len(z)}; PCA stays")
-    tick(.02, "UMAP is loading; the very first map here takes half a minute")
+    tick(.02, "UMAP is loading; the very first map of an installation may take a minute")
     try: umap = load_umap()
     except ImportError: raise Nothing("UMAP is not installed: run `pip install umap-learn`, restart the kernel and choose UMAP again; PCA stays") from None
     while not _ONE.acquire(timeout=.2): tick(.02, "UMAP waits for another map")
