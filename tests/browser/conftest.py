@@ -1,5 +1,6 @@
 """One JupyterLab and one Chromium for all browser tests, a small trained toy run in its data folder, and the reason when there is no
-browser. A test whose page hangs loses its browser (`lab.PATIENCE_S`), is tried once more in a fresh one, and named at the end."""
+browser. A test whose page hangs loses its browser (`lab.PATIENCE_S`), is tried once more in a fresh one, and named at the end; so is
+one that fails after anywidget has given a widget up (two seconds, on a crowded machine)."""
 import os
 from pathlib import Path
 import pytest
@@ -20,7 +21,8 @@ def pytest_runtest_protocol(item, nextitem):
     if not ours(item): return None
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
     for last in (False, True):
-        before = len(driver.ENDED); reports = runtestprotocol(item, log=False, nextitem=nextitem); said = driver.ENDED[before:]
+        ended, late = len(driver.ENDED), len(driver.LATE); reports = runtestprotocol(item, log=False, nextitem=nextitem); said = driver.ENDED[ended:]
+        if driver.LATE[late:] and any(r.failed for r in reports): said.append(f"anywidget waited two seconds for a widget of {driver.LATE[late]}, and no longer")
         for s in said: item.user_properties.append(("browser", f"{item.nodeid}: {s}, {'a second time' if last else 'the test was tried once more'}"))
         if last or not said: break
     for r in reports: r.user_properties = list(item.user_properties); item.ihook.pytest_runtest_logreport(report=r)

@@ -13,6 +13,7 @@ WIDE = (1280, 800)                               # a 13-inch screen
 DONE = "everything has run"                      # what the last cell of a test's notebook prints
 PATIENCE_S, MERCY_S = 180., 30.                  # how long the pages of one test may be open, up to three times that on a crowded machine; what Playwright's driver gets on top
 ENDED = []                                       # what the watchdog has done, in sentences
+LATE = []                                        # pages in which a widget took longer to load than anywidget waits
 
 def chromium() -> str|None: return next((p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), None)
 def missing() -> str|None:
@@ -57,7 +58,7 @@ def end(name: str): # the family members of this name, at once
 class Lab:
     "The server, its folder of notebooks, its folder of data, and the browser."
     def __init__(self, folder, **env):
-        self.folder, self.root, self.data, self.token, self.books = Path(folder), Path(folder)/"notebooks", Path(folder)/"data", "clam", []
+        self.folder, self.root, self.data, self.token, self.books, self.leaving = Path(folder), Path(folder)/"notebooks", Path(folder)/"data", "clam", [], {}
         dirs = {n: self.folder/n.lower() for n in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR", "IPYTHONDIR", "CLAM_DATA")} | {"CLAM_DATA": self.data}
         for d in (self.root, *dirs.values()): d.mkdir(parents=True, exist_ok=True)
         self.runtime, self.settings = dirs["JUPYTER_RUNTIME_DIR"], dirs["JUPYTERLAB_SETTINGS_DIR"]
@@ -97,11 +98,11 @@ class Lab:
         if first: nb.cells.insert(0, nbformat.v4.new_code_cell(first))
         nbformat.write(nb, self.root/name)
         return name
-    def open(self, name: str, theme: str="light", size=WIDE, sidebar: bool=False, patience: float=PATIENCE_S) -> "Book":
+    def open(self, name: str, theme: str="light", size=WIDE, sidebar: bool=False, patience: float=PATIENCE_S, script: str="") -> "Book": # `script` runs in the page before its own
         if not self.browser.is_connected(): self.start()
         if not self.books: self.since, self.patience = time.monotonic(), patience
         self.set("@jupyterlab/apputils-extension/themes", theme=f"JupyterLab {theme.title()}", **{"adaptive-theme": False})
-        return Book(self, name, size, sidebar)
+        return Book(self, name, size, sidebar, script)
     def close(self):
         for b in self.books[:]: b.close()
         self.over.set()
@@ -129,17 +130,20 @@ FELT = """([event, selectors, most]) => { window.felt = new Promise(done => {
 
 class Book:
     "One notebook in one page."
-    def __init__(self, lab: Lab, name: str, size, sidebar: bool):
+    def __init__(self, lab: Lab, name: str, size, sidebar: bool, script: str):
         self.lab, self.name, self.errors, self.console = lab, name, [], []; lab.books.append(self)
+        if name in lab.leaving: lab.leaving.pop(name).join(60)                      # a kernel on its way out, to which the server would connect this page
         self.session = lab.rest("POST", "sessions", {"path": name, "name": name, "type": "notebook", "kernel": {"name": "python3"}})   # else Run All can come before the kernel is connected, and is lost
         self.kernel = self.session["kernel"]["id"]
         self.page = lab.context.new_page(); self.page.set_viewport_size({"width": size[0], "height": size[1]}); self.page.set_default_timeout(30_000)
-        self.page.on("pageerror", lambda e: self.errors.append(str(e)))
+        self.page.on("pageerror", lambda e: self._wrong(str(e)))
+        if script: self.page.add_init_script(script)
         self.page.on("console", lambda m: self.console.append(m.text) if m.type == "error" else None)
         self.page.goto(f"{lab.url}/lab/workspaces/w{len(lab.books)}-{int(time.time())}/tree/{name}?token={lab.token}")
         self.page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=90_000)
         if not sidebar and self.page.locator("#jp-left-stack").is_visible(): self.page.keyboard.press("Control+b")
         self.idle()
+    def _wrong(self, error: str): (LATE.append(self.name) if error.startswith("[anywidget] Failed to initialize model") else self.errors.append(error)) # figures listen all the same; a test that needs another widget fails by itself
     def idle(self, seconds: float=60): until(lambda: self.lab.rest("GET", f"kernels/{self.kernel}")["execution_state"] == "idle", seconds, f"the kernel of {self.name} is busy", .1)
     def running(self) -> int: return self.page.locator(".jp-InputPrompt", has_text="[*]").count() # cells with a star; the kernel itself is idle between two messages while a cell awaits
     def menu(self, *labels): # e.g. menu("Run", "Run All Cells")
@@ -238,4 +242,4 @@ class Book:
             self.lab.books.remove(self); self.lab.since = self.lab.since if self.lab.books else None
             def gone(id=getattr(self, "session", {}).get("id")):
                 with contextlib.suppress(OSError): self.lab.rest("DELETE", f"sessions/{id}")
-            threading.Thread(target=gone, daemon=True).start()               # a kernel takes seconds to end
+            self.lab.leaving[self.name] = t = threading.Thread(target=gone, daemon=True); t.start()   # a kernel takes seconds to end
