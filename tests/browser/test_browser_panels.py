@@ -91,12 +91,13 @@ bench = Workbench(data_dir("runs", "toy"), method="pca"); bench'''
 def test_the_tabs_share_one_selection(book, toy):
     b = book([BENCH]); b.run_all(); b.drawn("clam-map", 200); assert b.ask("list(bench.parts)") == ["Map"] and "10 rollout" in b.shows("clam-bench-head")
     b.click_point("clam-map", b.lonely("clam-map")[0]); n = until(lambda: b.ask("bench.selection.focus") or 0, 10, "the click did not arrive"); e, t = b.ask(f"bench.inspection.where({n})")
-    b.tab("Steering"); until(lambda: f"{n}" in b.shows("clam-steer-action") or b.ask("bench.parts['Steering'].turn > 0"), 30, "steering did not open"); assert b.ask("int(bench.parts['Steering'].outcome.n)") == n
-    b.tab("Rollouts"); until(lambda: b.ask("[bench.parts['Rollouts'].lead, bench.parts['Rollouts'].step]") == [e, t], 30, "the film is elsewhere")
+    def tab(name): b.tab(name); until(lambda: b.ask(f"{name!r} in bench.parts"), 30, f"{name} did not open")
+    tab("Steering"); until(lambda: b.ask("bench.parts['Steering'].turn > 0 and int(bench.parts['Steering'].outcome.n)") == n, 30, "steering is elsewhere")
+    tab("Rollouts"); until(lambda: b.ask("[bench.parts['Rollouts'].lead, bench.parts['Rollouts'].step]") == [e, t], 30, "the film is elsewhere")
     until(lambda: b.all("clam-film-video").count() == 1, 40, "no film"); bar = b.at("clam-player-step"); bar.click(position={"x": 3, "y": 4}); until(lambda: b.ask("bench.selection.focus") != n, 10, "scrubbing did not move the selection")
     m = b.ask("bench.selection.focus"); b.tab("Map"); until(lambda: f"episode {b.ask(f'bench.inspection.where({m})')[0]}," in b.shows("clam-focus-label"), 20, "the map did not follow")
     b.tab("Reconstruction"); until(lambda: str(m) in b.shows("clam-recon-focus"), 30, "the reconstruction did not follow")
-    b.tab("Training"); b.drawn("clam-monitor-plot", 10); b.tab("Health"); b.button("clam-health-run"); until(lambda: b.all("clam-health-report").first.inner_text().strip(), 120, "no report"); word = b.ask("bench.parts['Health'].report.verdict")
+    tab("Training"); b.drawn("clam-monitor-plot", 10); tab("Health"); b.button("clam-health-run"); until(lambda: b.all("clam-health-report").first.inner_text().strip(), 120, "no report"); word = b.ask("bench.parts['Health'].report.verdict")
     until(lambda: word in b.shows("clam-bench-head"), 10, "the verdict is not in the header"); assert b.ask("bench.message") == ""; b.shot("bench-health")
 
 BAD = {"constant latents": ("LatentMap(ins_of(Fixed(0.)), method='pca')", "collapsed"), "NaN latents": ("LatentMap(ins_of(Fixed(float('nan'))), method='pca')", "NaN"), "no run": ("Workbench(data_dir('runs', 'no-such-run'))", "no run here"),
