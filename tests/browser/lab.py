@@ -184,8 +184,11 @@ class Book:
     def all(self, selector: str): return self.page.locator(selector if selector[0] in ".#[" else f".{selector}") # all of a class (`clam-map`) or a CSS selector
     def at(self, selector: str): # the first visible one, scrolled into view
         found = self.all(selector).locator("visible=true").first
-        found.wait_for(); found.scroll_into_view_if_needed()
-        return found
+        for tries in range(4, -1, -1):
+            found.wait_for()
+            try: found.scroll_into_view_if_needed(); return found
+            except Exception as e:                   # JupyterLab has just put another in its place
+                if not tries or "not attached" not in str(e): raise
     def shows(self, selector: str) -> str: return self.all(selector).first.inner_text()
     def picture(self, selector: str) -> str: return self.all(selector).first.evaluate("e => (e.matches('img, video') ? e : e.querySelector('img, video')).src") # address of what is shown: another picture, another address
     def changed(self, read, action, seconds: float=20, what: str="the page did not change"): # -> (new value of `read()`, seconds it took)
