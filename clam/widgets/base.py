@@ -110,7 +110,7 @@ def table_html(rows: dict, head=()) -> str: # {name: value or [values]} as a sma
     top = "".join(f'<th style="padding:0 8px;text-align:right">{html.escape(h)}</th>' for h in head)
     return f'<table style="font-size:12px;line-height:17px">{f"<tr>{top}</tr>" if head else ""}'+"".join(f'<tr><td style="padding-right:8px">{html.escape(str(k))}</td>{cells(v)}</tr>' for k, v in rows.items())+"</table>"
 
-# %% ../../nbs/82_widgets.base.ipynb #d88934dd
+# %% ../../nbs/82_widgets.base.ipynb #518d1a22
 LINE = """
 const P = %s.default, M = %s, V = %s, D = %s, line = new WeakMap(), patience = 10000;
 const after = (gd, fn) => { const p = (line.get(gd) || Promise.resolve()).then(fn), rest = new Promise(go => setTimeout(go, patience)); line.set(gd, Promise.race([p.catch(() => {}), rest])); return p; };
@@ -134,10 +134,11 @@ ONCE = """export default { initialize({ model }) { if (plotly.asked) return; plo
 FIGURE = """
 const hear = model => { let m; const seen = it => { m = it; }; model.on("change:_clam", seen); model.set("_clam", true); model.off("change:_clam", seen);   // the model itself is told to those who listen
   let its = m; while (its._handle_comm_msg === m._handle_comm_msg) its = Object.getPrototypeOf(its);          // that of ipywidgets, which anywidget's stands before
-  m.comm?.on_msg(msg => its._handle_comm_msg.call(m, msg)); };
+  m._handle_comm_msg({content: {data: {}}}).catch(() => { m.comm.on_msg(msg => its._handle_comm_msg.call(m, msg)); model.send({clam: "late"}); }); };
 export default () => { let it; return {
   initialize(x) { hear(x.model); plotly.then(figure => { it = figure(); it.initialize(x); }); },
-  async render(x) { await plotly; const { model, el } = x, end = it.render(x); model.on("change:_dom_classes", () => el.classList.add(...model.get("_dom_classes"))); model.send({clam: "ready"}); return end; } }; };
+  async render(x) { await plotly; const { model, el } = x, end = it.render(x), dress = () => el.classList.add(...model.get("_dom_classes"));
+    dress(); model.on("change:_dom_classes", dress); model.send({clam: "ready"}); return end; } }; };
 """
 
 def _scripts(bundle: str) -> tuple[str, str, str]: # plotly's script -> (it with `LINE`, what loads it, what each figure needs); of a plotly other than we know, nothing, nothing and all of it
@@ -147,7 +148,7 @@ def _scripts(bundle: str) -> tuple[str, str, str]: # plotly's script -> (it with
 
 _script, _once, _each = _scripts(str(go.FigureWidget._esm))
 
-# %% ../../nbs/82_widgets.base.ipynb #ec98f788
+# %% ../../nbs/82_widgets.base.ipynb #fe15793a
 class Plotly(anywidget.AnyWidget):
     "Plotly's script, for all figures of a page. Nothing is seen of it."
     _esm, _here = _once, None
@@ -161,7 +162,7 @@ class Plot(go.FigureWidget):
     _esm = _each
     def __init__(self, *a, **kw): Plotly.send(); self._whole = threading.RLock(); super().__init__(*a, **kw); self.on_msg(Plot._heard)
     def _heard(self, content, buffers):
-        if content.get("clam") == "ready": self.refresh()
+        if content.get("clam") in ("late", "ready"): self.refresh()
     def refresh(self, tries: int=5): # the whole figure to the page; plotly's own copy of it is that of the start
         with self._whole:
             try: self._trait_values.update(_widget_data=copy.deepcopy(self._data), _widget_layout=copy.deepcopy(self._layout_obj._props))
