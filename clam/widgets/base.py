@@ -13,8 +13,8 @@ from ..core import ClamError, digest
 from .plots import Nothing
 
 # %% auto #0
-__all__ = ['BLANK', 'LINE', 'SHARED', 'ONCE', 'FIGURE', 'Selection', 'Cancelled', 'Job', 'Latest', 'png_bytes', 'picture', 'text',
-           'captioned', 'table_html', 'Plotly', 'Plot', 'guarded', 'Panel']
+__all__ = ['BLANK', 'Selection', 'Cancelled', 'Job', 'Latest', 'png_bytes', 'picture', 'text', 'captioned', 'table_html',
+           'Plotly', 'Plot', 'guarded', 'Panel']
 
 # %% ../../nbs/82_widgets.base.ipynb #668be093
 class Selection(HasTraits):
@@ -110,8 +110,8 @@ def table_html(rows: dict, head=()) -> str: # {name: value or [values]} as a sma
     top = "".join(f'<th style="padding:0 8px;text-align:right">{html.escape(h)}</th>' for h in head)
     return f'<table style="font-size:12px;line-height:17px">{f"<tr>{top}</tr>" if head else ""}'+"".join(f'<tr><td style="padding-right:8px">{html.escape(str(k))}</td>{cells(v)}</tr>' for k, v in rows.items())+"</table>"
 
-# %% ../../nbs/82_widgets.base.ipynb #518d1a22
-LINE = """
+# %% ../../nbs/82_widgets.base.ipynb #b4f119fc
+_LINE = """
 const P = %s.default, M = %s, V = %s, D = %s, line = new WeakMap(), patience = 10000;
 const after = (gd, fn) => { const p = (line.get(gd) || Promise.resolve()).then(fn), rest = new Promise(go => setTimeout(go, patience)); line.set(gd, Promise.race([p.catch(() => {}), rest])); return p; };
 const born = P.newPlot; P.newPlot = (gd, ...a) => { const p = born(gd, ...a); line.set(gd, p.catch(() => {})); return p; };
@@ -126,29 +126,29 @@ V.prototype.perform_render = function() { render.call(this); let due = false;
     P.react(this.el, this.model.get("_widget_data"), layout, this.model.get("_config")).then(() => this.el._fullLayout && this._sendTraceDeltas(this.model.get("_last_trace_edit_id"))); }); };
   for (const what of ["_widget_data", "_widget_layout"]) this.model.on("change:"+what, anew); };
 """
-SHARED = """const plotly = window["clam %s"] ||= (() => { let come; const p = new Promise(go => { come = go; }); return Object.assign(p, {come}); })();
+_SHARED = """const plotly = window["clam %s"] ||= (() => { let come; const p = new Promise(go => { come = go; }); return Object.assign(p, {come}); })();
 """
-ONCE = """export default { initialize({ model }) { if (plotly.asked) return; plotly.asked = true;      // does not wait for it: anywidget waits for two seconds
-  const url = URL.createObjectURL(new Blob([model.get("script")], {type: "text/javascript"})); import(url).then(() => URL.revokeObjectURL(url)); } };
+_ONCE = """export default { initialize({ model }) { if (plotly.asked) return; plotly.asked = true;      // does not wait for it: anywidget waits for two seconds
+  const url = URL.createObjectURL(new Blob([model.get("script")], {type: "text/javascript"})); import(url).catch(e => { plotly.asked = false; throw e; }).finally(() => URL.revokeObjectURL(url)); } };
 """
-FIGURE = """
+_FIGURE = """
 const hear = model => { let m; const seen = it => { m = it; }; model.on("change:_clam", seen); model.set("_clam", true); model.off("change:_clam", seen);   // the model itself is told to those who listen
   let its = m; while (its._handle_comm_msg === m._handle_comm_msg) its = Object.getPrototypeOf(its);          // that of ipywidgets, which anywidget's stands before
-  m._handle_comm_msg({content: {data: {}}}).catch(() => { m.comm.on_msg(msg => its._handle_comm_msg.call(m, msg)); model.send({clam: "late"}); }); };
+  m._handle_comm_msg({content: {data: {}}}).catch(() => { m.comm.on_msg(msg => its._handle_comm_msg.call(m, msg)); model.send({clam: "whole"}); }); };
 export default () => { let it; return {
   initialize(x) { hear(x.model); plotly.then(figure => { it = figure(); it.initialize(x); }); },
   async render(x) { await plotly; const { model, el } = x, end = it.render(x), dress = () => el.classList.add(...model.get("_dom_classes"));
-    dress(); model.on("change:_dom_classes", dress); model.send({clam: "ready"}); return end; } }; };
+    dress(); model.on("change:_dom_classes", dress); model.send({clam: "whole"}); return end; } }; };
 """
 
-def _scripts(bundle: str) -> tuple[str, str, str]: # plotly's script -> (it with `LINE`, what loads it, what each figure needs); of a plotly other than we know, nothing, nothing and all of it
+def _scripts(bundle: str) -> tuple[str, str, str]: # plotly's script -> (it with `_LINE`, what loads it, what each figure needs); of a plotly other than we know, nothing, nothing and all of it
     names, plot = re.search(r"export\s*\{\s*([\w$]+) as FigureModel,\s*([\w$]+) as FigureView,\s*([\w$]+) as default\s*\};?", bundle), re.search(r"([\w$]+)\.default\.addTraces\(", bundle)
     if not (names and plot): return "", "", bundle
-    shared = SHARED % digest([plotly.__version__, LINE]); return bundle[:names.start()]+LINE % (plot[1], *names.groups())+shared+"plotly.come(D);\n"+bundle[names.end():], shared+ONCE, shared+FIGURE
+    shared = _SHARED % digest([plotly.__version__, _LINE]); return bundle[:names.start()]+_LINE % (plot[1], *names.groups())+shared+"plotly.come(D);\n"+bundle[names.end():], shared+_ONCE, shared+_FIGURE
 
 _script, _once, _each = _scripts(str(go.FigureWidget._esm))
 
-# %% ../../nbs/82_widgets.base.ipynb #fe15793a
+# %% ../../nbs/82_widgets.base.ipynb #3cddf30a
 class Plotly(anywidget.AnyWidget):
     "Plotly's script, for all figures of a page. Nothing is seen of it."
     _esm, _here = _once, None
@@ -162,7 +162,7 @@ class Plot(go.FigureWidget):
     _esm = _each
     def __init__(self, *a, **kw): Plotly.send(); self._whole = threading.RLock(); super().__init__(*a, **kw); self.on_msg(Plot._heard)
     def _heard(self, content, buffers):
-        if content.get("clam") in ("late", "ready"): self.refresh()
+        if content.get("clam") == "whole": self.refresh()
     def refresh(self, tries: int=5): # the whole figure to the page; plotly's own copy of it is that of the start
         with self._whole:
             try: self._trait_values.update(_widget_data=copy.deepcopy(self._data), _widget_layout=copy.deepcopy(self._layout_obj._props))

@@ -1,8 +1,7 @@
 """Pins that JupyterLab shows what the notebooks promise: the tour runs to its end, curves move while a training runs, two notebooks
 live beside each other, and a restarted kernel starts again. The driver itself is tested first, on a plot of twenty lines."""
 import pytest
-import lab as driver
-from lab import ROOT, until
+from lab import LATE, ROOT, until
 
 PLOT = '''import numpy as np, plotly.graph_objects as go, ipywidgets as W
 x = np.random.default_rng(0).normal(size=(500, 2)); said, out, slider = W.HTML("nothing"), W.HTML("3"), W.IntSlider(value=3, max=20)
@@ -40,14 +39,13 @@ HASTY = """const was = AbortSignal.timeout; AbortSignal.timeout = ms => { if (ms
 
 def test_figures_of_a_slow_page(book):
     b = book(["""from clam.widgets.base import Plot
-from IPython.display import display
-fig = Plot(dict(x=[1, 2, 3], y=[1, 2, 3])); fig.layout.title.text = "changed before it was seen"; fig.add_class("t-plot");""", "fig", "fig"], script=HASTY); before = len(driver.LATE)
-    b.run_all(); b.drawn("t-plot", 3); until(lambda: b.page.title() and len(driver.LATE) > before, 20, "anywidget was patient: this test tests nothing")
+fig = Plot(dict(x=[1, 2, 3], y=[1, 2, 3])); fig.layout.title.text = "changed before it was seen"; fig.add_class("t-plot");""", "fig", "fig"], script=HASTY); before = len(LATE)
+    b.run_all(); b.drawn("t-plot", 3); until(lambda: b.page.title() and len(LATE) > before, 20, "anywidget was patient: this test tests nothing")
     shown = lambda: b.page.evaluate("[...document.querySelectorAll('.t-plot.js-plotly-plot')].map(gd => [gd._fullLayout.title.text, gd.data.length])")
     until(lambda: shown() == [["changed before it was seen", 1]]*2, 20, "not both views show the figure")
     assert b.ask("fig.add_scatter(y=[4, 5]) is fig"); until(lambda: shown() == [["changed before it was seen", 2]]*2, 20, "a new curve did not arrive")
     assert b.ask("fig.update_layout(title_text='new') is fig"); until(lambda: shown() == [["new", 2]]*2, 20, "a new title did not arrive")
-    b.menu("File", "Save Notebook"); until(lambda: (b.lab.root/b.name).read_text().count("widget-view+json") == 2, 30, "the notebook was not saved");
+    b.menu("File", "Save Notebook"); until(lambda: (b.lab.root/b.name).read_text().count("widget-view+json") == 2, 30, "the notebook was not saved")
     for _ in range(3):                               # ipywidgets gives a kernel four seconds to say which widgets there are
         b.page.reload(); b.page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=90_000); until(lambda: shown() == [["new", 2]]*2 or b.page.get_by_text("model not found").count(), 60, "opened again, the page does not show the figure as it is")
         if shown() == [["new", 2]]*2: return
